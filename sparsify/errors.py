@@ -1,0 +1,28 @@
+"""The errors that a user can cause: one class a kind, each with the exit code that the command line returns."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsifyError(ValueError):
+    """Bad input: the message names the bad value, what is allowed, and the next step."""
+
+    exit_code = 2
+
+
+class CheckpointError(SparsifyError):
+    """A checkpoint that is missing something, was changed, or is not one of ours."""
+
+    exit_code = 3
+
+
+class UnavailableError(SparsifyError):
+    """The machine, not the input: no hub, no room on the disk, a package that is not installed."""
+
+    exit_code = 4
+
+
+def suggest(value: str, allowed: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the nearest allowed value, or "" where none is near."""
+    near = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,152 @@
+"""The runtime layers: linears that use only the input channels that matter for each token.
+
+They never learn which method made their tensors. Every value that inference uses is a buffer; the dense weight
+keeps its name and shape, so a checkpoint is still the dense model where this package is not installed.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsify.kernels.dispatch import select_backend
+from sparsify.kernels.spec import Backend, SparseTensors
+
+
+class SparsitySwitch:
+    """Whether the layers of one model run sparse now. One object, shared by all of them."""
+
+    def __init__(self) -> None:
+        self.sparse = True
+
+
+class _SparseLayer(nn.Module):
+    """The part that SparseLinear and SparseConv1D share: buffers, switch, backend."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    threshold: Tensor
+    scale: Tensor | None
+    lr_a: Tensor | None
+    lr_b: Tensor | None
+    switch: SparsitySwitch
+    backend: Backend
+
+    def _add_buffers(self, inputs: int, outputs: int, *, scaled: bool, rank: int, switch: SparsitySwitch) -> None:
+        like = self.weight
+        self.sparse_in, self.sparse_out, self.rank = inputs, outputs, rank
+        # -1 keeps every channel: a layer without fitted tensors is the dense one.
+        self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float32, device=like.device))
+        scale = torch.ones(inputs, dtype=torch.float32, device=like.device) if scaled else None
+        self.register_buffer("scale", scale)
+        for name, shape in (("lr_a", (rank, inputs)), ("lr_b", (outputs, rank))):
+            factor = torch.zeros(shape, dtype=like.dtype, device=like.device) if rank else None
+            self.register_buffer(name, factor)
+        self.switch = switch
+        self.bind()
+
+    def bind(self, name: str | None = None) -> None:
+        """Chooses the backend for the device, dtype and shape of now, and lays the weight out as it wants it."""
+        weight = self.tensors().weight
+        outputs, inputs = weight.shape
+        self.backend = select_backend(weight.device, weight.dtype, inputs, outputs, name=name)
+        if self.backend.channel_contiguous and weight.device.type != "meta" and not weight.t().is_contiguous():
+            self.weight.data = self.weight.data.t().contiguous().t()
+
+    def tensors(self) -> SparseTensors:
+        return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(bfloat16) must not round thresholds and scales: keep their fp32 values, follow the device only.
+        before = {name: self._buffers[name] for name in ("threshold", "scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != torch.float32:
+                self._buffers[name] = torch.empty_like(new, dtype=torch.float32) if old.is_meta else old.to(new.device)
+        self.bind()
+        return self
+
+
+class SparseLinear(_SparseLayer, nn.Linear):
+    """nn.Linear [O, I] with a channel threshold, an optional score scale and an optional low-rank rest."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        scaled: bool,
+        rank: int,
+        switch: SparsitySwitch,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.switch.sparse:
+            return F.linear(x, self.weight, self.bias)
+        return self.backend.run(x, (self.tensors(),))[0]
+
+
+class SparseConv1D(_SparseLayer, Conv1D):
+    """GPT-2's Conv1D, a linear whose weight is stored [I, O], made sparse; already channel-contiguous."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scaled: bool,
+        rank: int,
+        switch: SparsitySwitch,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        with torch.device(device or torch.get_default_device()):
+            Conv1D.__init__(self, out_features, in_features)
+        if dtype is not None:
+            nn.Module._apply(self, lambda t: t.to(dtype))
+        self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
+
+    def tensors(self) -> SparseTensors:
+        return SparseTensors(self.weight.t(), self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.switch.sparse:
+            return Conv1D.forward(self, x)
+        return self.backend.run(x, (self.tensors(),))[0]
+
+
+def make_sparse(linear: nn.Module, *, scaled: bool, rank: int, switch: SparsitySwitch) -> "SparseLinear | SparseConv1D":
+    """Returns a sparse layer that takes over linear's parameters (no copy), with unfitted buffers."""
+    weight = linear.weight
+    layer: SparseLinear | SparseConv1D
+    if isinstance(linear, nn.Linear):
+        layer = SparseLinear(
+            linear.in_features, linear.out_features, linear.bias is not None,
+            scaled=scaled, rank=rank, switch=switch, device="meta", dtype=weight.dtype,
+        )  # fmt: skip
+    elif isinstance(linear, Conv1D):
+        layer = SparseConv1D(
+            linear.nx, linear.nf, scaled=scaled, rank=rank, switch=switch, device="meta", dtype=weight.dtype
+        )
+    else:
+        raise TypeError(f"{type(linear).__name__} is not a linear that can be made sparse")
+    layer.weight, layer.bias = linear.weight, linear.bias
+    if weight.device.type != "meta":
+        for name, buffer in layer._buffers.items():
+            if buffer is not None:
+                layer._buffers[name] = torch.zeros_like(buffer, device=weight.device)
+        layer.threshold.fill_(-1.0)
+        if layer.scale is not None:
+            layer.scale.fill_(1.0)
+    layer.train(linear.training)
+    layer.bind()
+    return layer
