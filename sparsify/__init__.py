@@ -1,0 +1,85 @@
+"""Activation-sparse language models: convert, save, load and measure.
+
+Everything is imported on first use, so that `import sparsify` takes milliseconds, imports no torch and touches no
+CUDA. What it does do is make transformers load sparsify checkpoints (see sparsify.autoload).
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sparsify.autoload import install
+
+if TYPE_CHECKING:
+    from sparsify.calibration import Calibration as Calibration
+    from sparsify.checkpoint import load as load
+    from sparsify.checkpoint import save as save
+    from sparsify.checkpoint import verify as verify
+    from sparsify.config import SparsifyConfig as SparsifyConfig
+    from sparsify.convert import convert as convert
+    from sparsify.errors import CheckpointError as CheckpointError
+    from sparsify.errors import SparsifyError as SparsifyError
+    from sparsify.errors import UnavailableError as UnavailableError
+    from sparsify.ledger import Ledger as Ledger
+    from sparsify.ledger import ledger_of as ledger_of
+    from sparsify.methods.rsparse import RSparse as RSparse
+    from sparsify.methods.teal import Teal as Teal
+    from sparsify.methods.wina import Wina as Wina
+    from sparsify.models import load_dense as load_dense
+    from sparsify.models import load_tokenizer as load_tokenizer
+    from sparsify.runtime import dense as dense
+    from sparsify.runtime import set_prefill as set_prefill
+    from sparsify.text import Text as Text
+    from sparsify.text import read_text as read_text
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it; tests/test_architecture.py holds it equal to the imports above.
+_PUBLIC = {
+    "Calibration": "sparsify.calibration",
+    "CheckpointError": "sparsify.errors",
+    "Ledger": "sparsify.ledger",
+    "RSparse": "sparsify.methods.rsparse",
+    "SparsifyConfig": "sparsify.config",
+    "SparsifyError": "sparsify.errors",
+    "Teal": "sparsify.methods.teal",
+    "Text": "sparsify.text",
+    "UnavailableError": "sparsify.errors",
+    "Wina": "sparsify.methods.wina",
+    "convert": "sparsify.convert",
+    "dense": "sparsify.runtime",
+    "ledger_of": "sparsify.ledger",
+    "load": "sparsify.checkpoint",
+    "load_dense": "sparsify.models",
+    "load_tokenizer": "sparsify.models",
+    "read_text": "sparsify.text",
+    "save": "sparsify.checkpoint",
+    "set_prefill": "sparsify.runtime",
+    "verify": "sparsify.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+class _Package(ModuleType):
+    """Keeps `sparsify.convert` the function: the import system binds a submodule over a public name it shares."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PUBLIC and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+install()
