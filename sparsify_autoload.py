@@ -17,7 +17,7 @@ def install() -> None:
 
         install_hook()
     # torch turns any exception from here into a failed `import torch`.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         logging.getLogger("sparsify").warning(
             "sparsify's autoload failed (%s: %s); SPARSIFY_AUTOLOAD=0 switches it off", type(error).__name__, error
         )

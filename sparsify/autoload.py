@@ -6,7 +6,6 @@ import transformers pay a few milliseconds. Nothing here raises: a failure to re
 then loads as the dense model that it also is.
 """
 
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ def _register() -> None:
 
         register()
     # Runs inside other people's imports: whatever is wrong with this installation is said, and is not theirs.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         logging.getLogger("sparsify").warning(
             "sparsify could not register with transformers (%s: %s): sparsify checkpoints will load as dense models",
             type(error).__name__,
