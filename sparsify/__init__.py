@@ -5,8 +5,6 @@ CUDA. What it does do is make transformers load sparsify checkpoints (see sparsi
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sparsify.autoload import install
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from sparsify.checkpoint import save as save
     from sparsify.checkpoint import verify as verify
     from sparsify.config import SparsifyConfig as SparsifyConfig
-    from sparsify.convert import convert as convert
+    from sparsify.conversion import convert as convert
     from sparsify.errors import CheckpointError as CheckpointError
     from sparsify.errors import SparsifyError as SparsifyError
     from sparsify.errors import UnavailableError as UnavailableError
@@ -47,7 +45,7 @@ _PUBLIC = {
     "Text": "sparsify.text",
     "UnavailableError": "sparsify.errors",
     "Wina": "sparsify.methods.wina",
-    "convert": "sparsify.convert",
+    "convert": "sparsify.conversion",
     "dense": "sparsify.runtime",
     "ledger_of": "sparsify.ledger",
     "load": "sparsify.checkpoint",
@@ -72,14 +70,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-class _Package(ModuleType):
-    """Keeps `sparsify.convert` the function: the import system binds a submodule over a public name it shares."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PUBLIC and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 install()

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.kernels.dispatch import select_backend
@@ -17,10 +18,17 @@ from sparsify.kernels.spec import Backend, SparseTensors
 
 
 class SparsitySwitch:
-    """Whether the layers of one model run sparse now. One object, shared by all of them."""
+    """Whether the layers of one model run sparse now. One object, shared by all of them; `runtime` sets it."""
 
     def __init__(self) -> None:
-        self.sparse = True
+        self.forced_dense = False
+        self.in_prefill = False
+        self.prefill = "sparse"
+        self.prefill_hook: RemovableHandle | None = None
+
+    @property
+    def sparse(self) -> bool:
+        return not (self.forced_dense or self.in_prefill)
 
 
 class _SparseLayer(nn.Module):
@@ -122,6 +130,11 @@ class SparseConv1D(_SparseLayer, Conv1D):
         if not self.switch.sparse:
             return Conv1D.forward(self, x)
         return self.backend.run(x, (self.tensors(),))[0]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is one that can be made sparse: nn.Linear itself or Conv1D, no subclass of other formats."""
+    return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def make_sparse(linear: nn.Module, *, scaled: bool, rank: int, switch: SparsitySwitch) -> "SparseLinear | SparseConv1D":

@@ -1,0 +1,92 @@
+"""The byte ledger's arithmetic: what one token touches in a linear, and how a budget is split inside it.
+
+Every weight byte counts: active channels, low-rank factors, score scales and the threshold. "Sparsity 0.5" means
+half of the dense bytes of the linear's weight, all of these included. Biases are touched either way and left out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsify.errors import SparsifyError
+
+Score = Literal["magnitude", "column-norm"]
+
+THRESHOLD_BYTES = 4
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape [outputs, inputs] of a linear's weight and the bytes of one of its elements."""
+
+    outputs: int
+    inputs: int
+    element_size: int
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.outputs * self.inputs * self.element_size
+
+    def overhead_bytes(self, *, scaled: bool) -> int:
+        return THRESHOLD_BYTES + (SCALE_BYTES * self.inputs if scaled else 0)
+
+    def low_rank_bytes(self, rank: int) -> int:
+        return rank * (self.inputs + self.outputs) * self.element_size
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spend a linear's budget: a share of its channels by a score, and a rank.
+
+    density is the share of channels a token uses on average, rho the share of the budget meant for channels.
+    """
+
+    sparsity: float
+    rho: float
+    rank: int
+    density: float
+    score: Score
+
+    @property
+    def scaled(self) -> bool:
+        return self.score == "column-norm"
+
+
+def split_budget(name: str, shape: LinearShape, *, sparsity: float, rho: float, score: Score) -> Candidate:
+    """Splits the bytes (1 − sparsity) · dense_bytes of one linear into a rank and a density of channels.
+
+    The rank is R-Sparse's ⌊(I·O·(1−s) − ⌊I(1−s)ρ⌋·O)/(I+O)⌋, from the linear's own shape (arXiv 2504.19449 and its
+    code, which takes O = hidden size for k and v: wrong under grouped-query attention). We differ in the rest: what
+    rounding leaves over goes to channels, and scales and thresholds are paid from the same budget.
+    Raises SparsifyError where the budget does not even pay for the scales.
+    """
+    if sparsity == 0.0:
+        # The whole budget in channels is the dense linear, exactly.
+        return Candidate(sparsity, 1.0, 0, 1.0, "magnitude")
+    budget = (1.0 - sparsity) * shape.dense_bytes - shape.overhead_bytes(scaled=score == "column-norm")
+    if budget <= 0:
+        raise SparsifyError(
+            f"sparsity {sparsity} leaves {(1 - sparsity) * shape.dense_bytes:.0f} bytes for {name} "
+            f"[{shape.outputs}, {shape.inputs}], less than its thresholds and scales take: use a lower sparsity, "
+            "or method teal, which has no scales"
+        )
+    inputs, outputs = shape.inputs, shape.outputs
+    kept = inputs * (1.0 - sparsity)
+    channels = math.floor(kept * rho)
+    rank = math.floor((kept * outputs - channels * outputs) / (inputs + outputs)) if rho < 1.0 else 0
+    rank = min(rank, inputs, outputs, math.floor(budget / shape.low_rank_bytes(1)))
+    density = (budget - shape.low_rank_bytes(rank)) / shape.dense_bytes
+    return Candidate(sparsity, rho, rank, min(density, 1.0), score)
+
+
+def check_share(name: str, value: object, *, one_allowed: bool) -> float:
+    """Returns value as a float in [0, 1), or [0, 1] where one_allowed. Raises SparsifyError otherwise."""
+    allowed = "[0, 1]" if one_allowed else "[0, 1)"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SparsifyError(f"{name} is {value!r}: it must be a number in {allowed}")
+    inside = 0.0 <= value < 1.0 or (one_allowed and value == 1.0)
+    if not inside:
+        hint = f" Did you mean {value / 100}?" if 1.0 < value <= 100.0 else ""
+        raise SparsifyError(f"{name} is {value}: it must be in {allowed}.{hint}")
+    return float(value)

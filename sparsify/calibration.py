@@ -1,0 +1,130 @@
+"""Calibration text as tokens, and the statistics that a conversion streams from it.
+
+No activation is kept: the first pass counts scores into histograms, the second sums squared errors.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsify.errors import SparsifyError
+from sparsify.text import Text, windows
+
+Progress = Callable[[str, int, int], None]
+
+# Bins are the upper 16 bits of a positive float32: 8 exponent and 8 mantissa bits, so a bin is at most 0.4% wide
+# and no range has to be known before the first batch.
+_SHIFT = 15
+_BINS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows [N, S] (int64) that the model is run on, and where they came from."""
+
+    tokens: Tensor
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.tokens.numel() == 0 or self.tokens.dtype != torch.int64:
+            raise SparsifyError(
+                f"calibration tokens must be int64 of shape [windows, tokens], not {self.tokens.dtype} "
+                f"of shape {list(self.tokens.shape)}"
+            )
+
+    @classmethod
+    def from_text(
+        cls, text: Text, tokenizer: PreTrainedTokenizerBase, *, sequences: int = 32, seq_len: int = 512
+    ) -> "Calibration":
+        """Returns the first `sequences` windows of `seq_len` tokens, spread evenly over the text.
+
+        Raises SparsifyError where the text is too short for that many.
+        """
+        every = windows(text, tokenizer, seq_len=seq_len).tokens
+        if len(every) < sequences:
+            raise SparsifyError(
+                f"calibration text {text.name} gives {len(every)} windows of {seq_len} tokens, {sequences} are asked "
+                f"for: use a longer text, --sequences {len(every)} or a shorter --seq-len"
+            )
+        chosen = torch.linspace(0, len(every) - 1, sequences).round().long()
+        return cls(every[chosen], text.name)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the calibration: source, shape and SHA-256 of the token ids as little-endian int64."""
+        data = self.tokens.cpu().contiguous().numpy().astype("<i8").tobytes()
+        count, length = self.tokens.shape
+        return {
+            "source": self.source,
+            "sequences": count,
+            "seq_len": length,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+
+class ScoreHistogram:
+    """A streamed histogram of non-negative scores, and its quantiles."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+
+    def add(self, scores: Tensor) -> None:
+        """Counts scores of any shape; a NaN counts as the largest."""
+        bits = scores.detach().float().abs().contiguous().view(torch.int32) >> _SHIFT
+        self.counts += torch.bincount(bits.flatten(), minlength=_BINS).cpu()
+
+    def threshold(self, density: float) -> float:
+        """Returns t such that a share `density` of the scores is > t, linear inside a bin; -1 where all are kept."""
+        total = int(self.counts.sum())
+        if density >= 1.0:
+            return -1.0
+        below = (1.0 - density) * total
+        cumulative = self.counts.cumsum(0)
+        index = int(torch.searchsorted(cumulative, torch.tensor(below, dtype=torch.float64)).clamp(max=_BINS - 1))
+        before = float(cumulative[index] - self.counts[index])
+        inside = (below - before) / max(float(self.counts[index]), 1.0)
+        low, high = _edge(index), _edge(index + 1)
+        # The zeros' bin holds exact zeros (ReLU) before anything else: a cut inside it drops just them.
+        return low if index == 0 else low + inside * (high - low)
+
+
+def _edge(index: int) -> float:
+    # The bins above infinity's hold NaN: their edge is one past the last.
+    return float(torch.tensor(min(index << _SHIFT, 0x7F800000), dtype=torch.int32).view(torch.float32))
+
+
+@contextmanager
+def hooked(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, see(name, input) is called before each forward of the modules."""
+    handles = []
+    for name, module in modules.items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            see(name, args[0])
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_batches(model: PreTrainedModel, tokens: Tensor, stage: str, progress: Progress | None) -> None:
+    """Runs the model over tokens [N, S], a window at a time, without a cache."""
+    was_training = model.training
+    model.eval()
+    try:
+        for index, window in enumerate(tokens):
+            with torch.inference_mode():
+                model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+            if progress is not None:
+                progress(stage, index + 1, len(tokens))
+    finally:
+        model.train(was_training)

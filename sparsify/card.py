@@ -1,0 +1,65 @@
+"""The model card of a converted checkpoint: what it is, how it was made, what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify.config import SparsifyConfig
+from sparsify.ledger import Ledger
+
+
+def render_card(
+    config: SparsifyConfig, ledger: Ledger, *, source: str, measured: Mapping[str, Mapping[str, Any]] | None
+) -> str:
+    """Returns README.md: front matter, the byte ledger's totals, and a table {row: {column: value}} of measurements."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [sparsify, activation-sparsity]",
+        *([f"base_model: {source}"] if "/" in source and not source.startswith(("/", ".")) else []),
+        "---",
+        f"# {source}, {config.method} at {config.sparsity:.0%}",
+        "",
+        f"Activation-sparse: each token uses the weight columns that matter for it. Made by sparsify "
+        f"{config.sparsify_version} from `{source}`; the dense weights are unchanged, so without sparsify this folder "
+        "loads as the dense model.",
+        "",
+        "```python",
+        "import sparsify  # pip install sparsify-llm",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | {config.method} ({_options(config)}) |",
+        f"| nominal sparsity | {config.sparsity:.1%} |",
+        f"| weighted sparsity (weight bytes of converted linears) | {ledger.weighted_sparsity:.2%} |",
+        f"| whole-model sparsity (all weight bytes of a token) | {ledger.model_sparsity:.2%} |",
+        f"| bytes of converted linears per token | {ledger.touched_bytes:,.0f} of {ledger.dense_bytes:,} |",
+        f"| calibration | {config.calibration.sequences} × {config.calibration.seq_len} tokens of "
+        f"{config.calibration.source} |",
+        *[f"| left dense | {statement} |" for statement in ledger.left_dense],
+        "",
+        "## Measured",
+        "",
+        *(_table(measured) if measured else ["Nothing was measured when this checkpoint was written."]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _options(config: SparsifyConfig) -> str:
+    shown = {k: v for k, v in config.method_config.items() if k != "sparsity" and v is not None and not isinstance(v, Mapping)}
+    return ", ".join(f"{key} {value}" for key, value in shown.items()) or "no options"
+
+
+def _table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in measured.values() for key in row))
+    rows = [f"| {name} | " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for name, row in measured.items()]
+    return ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *rows]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

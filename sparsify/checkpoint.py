@@ -1,0 +1,217 @@
+"""Saves, loads and verifies converted checkpoints: a Hugging Face folder plus tensors, a ledger and a manifest."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsify.card import render_card
+from sparsify.config import QUANT_METHOD, SparsifyConfig
+from sparsify.errors import CheckpointError, SparsifyError, UnavailableError
+from sparsify.ledger import Ledger, ledger_of
+from sparsify.manifest import check_manifest, write_manifest
+from sparsify.models import hub_errors, load_dense, parse_dtype, quiet
+from sparsify.preflight import check_files, check_index
+from sparsify.runtime import set_prefill, sparse_layers
+
+LEDGER = "sparsify_ledger.json"
+SETTINGS = "sparsify.yaml"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    source: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Writes the converted model to the new folder `out` and returns it.
+
+    Everything is written and synced in a hidden folder beside `out`, which appears by one rename: a kill leaves no
+    half checkpoint. source names the dense model in the card; settings go to sparsify.yaml; measured to the card.
+    Raises SparsifyError for a dense model or an `out` that exists, UnavailableError where the disk is full.
+    """
+    out = Path(out)
+    if not sparse_layers(model):
+        raise SparsifyError("this model is not converted: save it with its own save_pretrained")
+    check_output(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as problem:
+        raise UnavailableError(f"{out.parent} cannot be written: {problem.strerror}") from None
+    try:
+        _write(model, staging, tokenizer, source or str(model.config.name_or_path), settings or {}, measured)
+        os.rename(staging, out)
+        _sync(out.parent)
+    except (OSError, SafetensorError) as problem:
+        raise _write_error(out, problem) from problem
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    dense: bool = False,
+    prefill: str | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Loads a converted checkpoint, sparse or, with dense, as the dense model that it also is.
+
+    prefill: "sparse" or "dense" instead of the checkpoint's; backend: a kernel backend by name; options go to
+    from_pretrained. Raises CheckpointError for a folder that is not a sound checkpoint, before weights are read.
+    """
+    folder = Path(folder)
+    if dense:
+        return load_dense(str(folder), dtype=dtype, device=device)
+    read_config(folder)
+    check_index(folder)
+    wanted = parse_dtype(dtype)
+    with hub_errors(str(folder), str(folder)), quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **options)
+    if device is not None:
+        model = model.to(device)
+    for layer in sparse_layers(model).values() if backend is not None else ():
+        layer.bind(backend)
+    if prefill is not None:
+        set_prefill(model, prefill)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether the folder's config.json says that sparsify wrote it."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+def read_config(folder: str | Path) -> SparsifyConfig:
+    """Returns the folder's SparsifyConfig. Raises CheckpointError where it has none or not a sound one."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        section = config.get("quantization_config")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem}") from None
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder} is not a sparsify checkpoint: convert it first (`sparsify convert {folder} …`)")
+    parsed: SparsifyConfig = SparsifyConfig.from_dict(section)
+    return parsed
+
+
+def read_ledger(folder: str | Path) -> Ledger:
+    """Returns the folder's ledger. Raises CheckpointError where it is missing or not one."""
+    path = Path(folder) / LEDGER
+    try:
+        return Ledger.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {LEDGER}: it was not written by `sparsify convert`") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem}") from None
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Returns one line for everything wrong with a checkpoint: files against the manifest, tensors against the config.
+
+    Raises CheckpointError where the folder is not a checkpoint at all.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        read_config(folder)
+    problems = check_manifest(folder)
+    try:
+        config = read_config(folder)
+        _check_tensors(folder, config)
+        ledger = read_ledger(folder)
+        if {linear.name for linear in ledger.linears} != set(config.linears):
+            problems.append(f"{LEDGER}: its linears are not those of config.json")
+    except CheckpointError as problem:
+        problems.append(str(problem))
+    return problems
+
+
+def check_output(out: Path) -> None:
+    """Raises SparsifyError where the output folder exists already."""
+    if out.exists() or out.is_symlink():
+        raise SparsifyError(f"{out} exists already: give another --out, or remove it first; nothing was written")
+
+
+def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
+    import torch
+
+    from sparsify.plugin import add_sparse_layers
+
+    files = check_index(folder)
+    with hub_errors(str(folder), str(folder)):
+        skeleton = AutoConfig.from_pretrained(folder)
+        del skeleton.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(skeleton)
+    add_sparse_layers(model, config)
+    check_files([str(file) for file in files], sparse_layers(model))
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    settings: Mapping[str, Any],
+    measured: Mapping[str, Mapping[str, Any]] | None,
+) -> None:
+    with quiet():
+        model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config = model.config.quantization_config
+    assert isinstance(config, SparsifyConfig)
+    ledger = ledger_of(model)
+    card = render_card(config, ledger, source=source, measured=measured)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / LEDGER).write_text(json.dumps(ledger.to_dict(), indent=1) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+    write_manifest(folder)
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in sorted(folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(out: Path, problem: Exception) -> SparsifyError:
+    number = getattr(problem, "errno", None)
+    if number in _DISK_FULL or "No space left" in str(problem) or "File too large" in str(problem):
+        return UnavailableError(f"the disk is full: {out} was not written; free some room, or give another --out")
+    return UnavailableError(f"{out} could not be written: {problem}")

@@ -1,0 +1,144 @@
+"""The `quantization_config` of a converted checkpoint: strict and versioned, all that loading needs to know."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsify.errors import CheckpointError
+from sparsify.runtime import Prefill
+from sparsify.strict import from_mapping
+
+QUANT_METHOD = "sparsify"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """One converted linear: how its budget was spent and what that cost on calibration text.
+
+    error is E‖y − ŷ‖² / E‖y‖² on dense inputs; density is the calibrated share of channels a token uses; energy_ranks
+    are the ranks that hold 50, 90 and 99% of ‖W‖², where the method looked at singular values.
+    """
+
+    sparsity: float
+    rho: float
+    rank: int
+    scaled: bool
+    density: float
+    error: float
+    energy_ranks: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationEntry:
+    """What the thresholds were calibrated on; sha256 is of the token ids."""
+
+    source: str
+    sequences: int
+    seq_len: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Schema:
+    quant_method: str
+    schema_version: int
+    sparsify_version: str
+    method: str
+    method_config: dict[str, Any]
+    prefill: str
+    sites: list[list[str]]
+    left_dense: list[str]
+    calibration: dict[str, Any]
+    linears: dict[str, Any]
+
+
+class SparsifyConfig(QuantizationConfigMixin):
+    """What transformers keeps as `model.config.quantization_config` and writes into config.json.
+
+    linears: LinearEntry by module name, in module order; sites: the names that share an input.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsify_version: str,
+        method: str,
+        method_config: dict[str, Any],
+        prefill: str,
+        sites: list[list[str]],
+        left_dense: list[str],
+        calibration: CalibrationEntry,
+        linears: dict[str, LinearEntry],
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.schema_version = SCHEMA_VERSION
+        self.sparsify_version = sparsify_version
+        self.method = method
+        self.method_config = method_config
+        self.prefill = prefill
+        self.sites = sites
+        self.left_dense = left_dense
+        self.calibration = calibration
+        self.linears = linears
+
+    @property
+    def sparsity(self) -> float:
+        """The nominal sparsity that was asked for."""
+        return float(self.method_config["sparsity"])
+
+    def to_dict(self) -> dict[str, Any]:
+        data = copy.deepcopy(self.__dict__)
+        data["calibration"] = asdict(self.calibration)
+        data["linears"] = {
+            name: {k: v for k, v in asdict(entry).items() if v is not None} for name, entry in self.linears.items()
+        }
+        return data
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads what to_dict wrote. Raises CheckpointError for any key, type or value that is not of this schema."""
+        where = "quantization_config"
+        version = config_dict.get("schema_version") if isinstance(config_dict, Mapping) else None
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{where}: schema_version is {version!r}, this sparsify reads {SCHEMA_VERSION}: "
+                "convert the model again, or install the sparsify that wrote it"
+            )
+        raw = from_mapping(_Schema, config_dict, where=where, error=CheckpointError)
+        if raw.prefill not in get_args(Prefill):
+            raise CheckpointError(f"{where}: prefill is {raw.prefill!r}, allowed are {', '.join(get_args(Prefill))}")
+        if not isinstance(raw.method_config.get("sparsity"), int | float):
+            raise CheckpointError(f"{where}: method_config has no number 'sparsity'")
+        config = cls(
+            sparsify_version=raw.sparsify_version,
+            method=raw.method,
+            method_config=dict(raw.method_config),
+            prefill=raw.prefill,
+            sites=[list(map(str, names)) for names in raw.sites],
+            left_dense=list(raw.left_dense),
+            calibration=from_mapping(
+                CalibrationEntry, raw.calibration, where=f"{where}.calibration", error=CheckpointError
+            ),
+            linears={name: _linear_entry(name, entry, where) for name, entry in raw.linears.items()},
+        )
+        if sorted(name for names in config.sites for name in names) != sorted(config.linears):
+            raise CheckpointError(f"{where}: sites and linears do not name the same linears")
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _linear_entry(name: str, data: object, where: str) -> LinearEntry:
+    entry = from_mapping(LinearEntry, data, where=f"{where}.linears[{name!r}]", error=CheckpointError)
+    shares = {"sparsity": entry.sparsity, "rho": entry.rho, "density": entry.density}
+    for key, value in shares.items():
+        if not 0.0 <= value <= 1.0:
+            raise CheckpointError(f"{where}.linears[{name!r}]: {key} is {value}, it must be in [0, 1]")
+    if entry.rank < 0:
+        raise CheckpointError(f"{where}.linears[{name!r}]: rank is {entry.rank}, it must be at least 0")
+    if not (math.isfinite(entry.error) and entry.error >= 0.0):
+        raise CheckpointError(f"{where}.linears[{name!r}]: error is {entry.error}, it must be finite and at least 0")
+    return entry

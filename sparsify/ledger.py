@@ -1,0 +1,155 @@
+"""The byte ledger of a converted model: the weight bytes that one token touches, linear by linear.
+
+Nominal sparsity is what was asked for; weighted sparsity is what the ledger holds, all factors, scales and thresholds
+counted; realised sparsity is the same ledger with the densities that some text really had (`with_densities`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsify.budget import LinearShape
+from sparsify.config import SparsifyConfig
+from sparsify.errors import CheckpointError
+from sparsify.runtime import sparse_layers
+from sparsify.strict import from_mapping
+
+
+@dataclass(frozen=True)
+class LinearBytes:
+    """One linear's bytes for one token; density is the share of channels used. Biases are touched dense or sparse."""
+
+    name: str
+    outputs: int
+    inputs: int
+    element_size: int
+    rank: int
+    density: float
+    scaled: bool
+
+    @property
+    def shape(self) -> LinearShape:
+        return LinearShape(self.outputs, self.inputs, self.element_size)
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.shape.dense_bytes
+
+    @property
+    def channel_bytes(self) -> float:
+        return self.density * self.dense_bytes
+
+    @property
+    def low_rank_bytes(self) -> int:
+        return self.shape.low_rank_bytes(self.rank)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Threshold and score scales; none in a linear that keeps every channel."""
+        return 0 if self.density >= 1.0 and not self.rank else self.shape.overhead_bytes(scaled=self.scaled)
+
+    @property
+    def touched_bytes(self) -> float:
+        return self.channel_bytes + self.low_rank_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All linears of a model, and the rest of the weights that every token touches either way.
+
+    rest_bytes: biases, norms, head, one row of the input embedding, the share of experts that a token visits.
+    """
+
+    nominal_sparsity: float
+    linears: tuple[LinearBytes, ...]
+    rest_bytes: int
+    left_dense: tuple[str, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weight bytes of the converted linears, as the dense model reads them for one token."""
+        return sum(linear.dense_bytes for linear in self.linears)
+
+    @property
+    def touched_bytes(self) -> float:
+        return sum(linear.touched_bytes for linear in self.linears)
+
+    @property
+    def weighted_sparsity(self) -> float:
+        """1 − touched/dense bytes over the converted linears."""
+        return 1.0 - self.touched_bytes / self.dense_bytes
+
+    @property
+    def model_sparsity(self) -> float:
+        """1 − touched/dense bytes over everything that a token touches in the model."""
+        return 1.0 - (self.touched_bytes + self.rest_bytes) / (self.dense_bytes + self.rest_bytes)
+
+    def with_densities(self, densities: Mapping[str, float]) -> "Ledger":
+        """Returns the ledger with measured densities, name by name; linears without one keep theirs."""
+        linears = tuple(replace(linear, density=densities.get(linear.name, linear.density)) for linear in self.linears)
+        return replace(self, linears=linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "nominal_sparsity": self.nominal_sparsity,
+            "weighted_sparsity": self.weighted_sparsity,
+            "model_sparsity": self.model_sparsity,
+            "dense_bytes_per_token": self.dense_bytes,
+            "touched_bytes_per_token": self.touched_bytes,
+            "rest_bytes_per_token": self.rest_bytes,
+            "left_dense": list(self.left_dense),
+            "linears": [asdict(linear) for linear in self.linears],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Ledger":
+        """Reads what to_dict wrote. Raises CheckpointError where it is not that."""
+        try:
+            return cls(
+                float(data["nominal_sparsity"]),
+                tuple(from_mapping(LinearBytes, e, where="ledger", error=CheckpointError) for e in data["linears"]),
+                int(data["rest_bytes_per_token"]),
+                tuple(map(str, data["left_dense"])),
+            )
+        except (KeyError, TypeError, ValueError) as problem:
+            raise CheckpointError(f"the ledger is not one that sparsify wrote: {problem}") from None
+
+
+def ledger_of(model: PreTrainedModel) -> Ledger:
+    """Returns the ledger of a converted model, from its layers and its configuration."""
+    config = model.config.quantization_config
+    assert isinstance(config, SparsifyConfig)
+    linears = []
+    for name, layer in sparse_layers(model).items():
+        entry = config.linears[name]
+        linears.append(
+            LinearBytes(
+                name, layer.sparse_out, layer.sparse_in, layer.weight.element_size(),
+                layer.rank, entry.density, layer.scale is not None,
+            )  # fmt: skip
+        )
+    return Ledger(config.sparsity, tuple(linears), _rest_bytes(model), tuple(config.left_dense))
+
+
+def _rest_bytes(model: PreTrainedModel) -> int:
+    converted = {id(layer.weight) for layer in sparse_layers(model).values()}
+    text = model.config.get_text_config(decoder=True)
+    head = model.get_output_embeddings()
+    counted = {id(head.weight)} if head is not None else set()
+    total = head.weight.numel() * head.weight.element_size() if head is not None else 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in converted or id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            size = parameter.numel() * parameter.element_size()
+            if isinstance(module, nn.Embedding):
+                size //= module.num_embeddings
+            elif parameter.dim() == 3:
+                size = size * int(getattr(text, "num_experts_per_tok", None) or parameter.shape[0]) // parameter.shape[0]
+            total += size
+    # The tied head is read whole; its one row as the input embedding is not counted again.
+    return total

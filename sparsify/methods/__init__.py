@@ -1,0 +1,80 @@
+"""The sparsification methods, one file each; the file name is the method's name.
+
+A method is a frozen dataclass that says how each linear's byte budget may be spent (`candidates`); the conversion
+measures the candidates on calibration text and keeps the best. A module with METHOD, SUMMARY and PAPER is one.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any, ClassVar, Protocol, Self
+
+from sparsify.budget import Candidate, LinearShape
+from sparsify.errors import SparsifyError, suggest
+
+
+class Method(Protocol):
+    """What a conversion needs of a method."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sparsity(self) -> float: ...
+
+    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
+        """Returns the method checked against, and completed for, the linears of one model."""
+        ...
+
+    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
+        """Returns the ways to spend this linear's budget, the preferred of equals first."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method as the user sees it."""
+
+    name: str
+    summary: str
+    paper: str
+    config_class: type[Method]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(self.config_class))
+
+    def configure(self, **options: Any) -> Method:
+        """Returns the configured method. Raises SparsifyError for an option that it does not take or is missing."""
+        for option in options:
+            if option not in self.options:
+                raise SparsifyError(
+                    f"method {self.name} takes no option {option!r}: it takes {', '.join(self.options)}."
+                    f"{suggest(option, self.options)}"
+                )
+        for field in fields(self.config_class):
+            if field.name not in options and field.default is MISSING and field.default_factory is MISSING:
+                raise SparsifyError(f"method {self.name} needs the option {field.name!r}")
+        return self.config_class(**options)
+
+
+@cache
+def available() -> dict[str, MethodInfo]:
+    """Returns every method of this installation by name."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        found[info.name] = MethodInfo(info.name, module.SUMMARY, module.PAPER, module.METHOD)
+    return found
+
+
+def get_method(name: str) -> MethodInfo:
+    """Returns a method by name. Raises SparsifyError with the nearest name for an unknown one."""
+    methods = available()
+    if name not in methods:
+        raise SparsifyError(f"unknown method {name!r}: available are {', '.join(methods)}.{suggest(name, methods)}")
+    return methods[name]

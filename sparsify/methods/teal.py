@@ -1,0 +1,36 @@
+"""TEAL: keep the channels whose input is large, |x_j| > t (arXiv 2408.14690, eq. 4), uniform over linears.
+
+Not covered: the paper's greedy allocation over a block's linears.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+
+SUMMARY = "input magnitude against a calibrated threshold, the same sparsity in every linear"
+PAPER = "Liu et al. 2024, arXiv 2408.14690"
+
+
+@dataclass(frozen=True)
+class Teal:
+    """TEAL at one sparsity (share of each linear's weight bytes that a token does not touch)."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity, one_allowed=False)
+
+    @property
+    def name(self) -> str:
+        return "teal"
+
+    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
+        return self
+
+    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
+        return (split_budget(name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude"),)
+
+
+METHOD = Teal

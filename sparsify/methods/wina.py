@@ -1,0 +1,37 @@
+"""WINA: keep the channels that contribute most, |x_j|·‖W[:,j]‖₂ > t (arXiv 2505.19427, eq. 3), uniform over linears.
+
+The exact column norm scores every linear; the public code uses it for k and gate only. We threshold at a calibrated
+quantile where the paper takes the top k of each token. Not covered: the orthogonalising rotation, greedy allocation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+
+SUMMARY = "input magnitude times weight column norm against a calibrated threshold"
+PAPER = "Chen et al. 2025, arXiv 2505.19427"
+
+
+@dataclass(frozen=True)
+class Wina:
+    """WINA at one sparsity (share of each linear's weight bytes that a token does not touch)."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity, one_allowed=False)
+
+    @property
+    def name(self) -> str:
+        return "wina"
+
+    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
+        return self
+
+    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
+        return (split_budget(name, shape, sparsity=self.sparsity, rho=1.0, score="column-norm"),)
+
+
+METHOD = Wina

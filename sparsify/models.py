@@ -1,0 +1,181 @@
+"""From what a user calls a model to a loaded one: a folder, a hub id, an alias, or `reference`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsify.errors import SparsifyError, UnavailableError, suggest
+
+REFERENCE = "reference"
+
+ALIASES = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "opt-6.7b": "facebook/opt-6.7b",
+    "gpt2": "openai-community/gpt2",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama_v1.1",
+    "olmo-2-7b": "allenai/OLMo-2-1124-7B",
+}
+
+_DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def resolve_model(spec: str) -> str:
+    """Returns the local folder or hub id that `spec` names.
+
+    `reference` is the bundled model; an alias is exact; anything with a path separator that exists is a folder; an
+    `owner/name` is a hub id. Raises SparsifyError for a folder without a model and for a name that is none of these.
+    """
+    if spec == REFERENCE:
+        return str(Path(__file__).parent / "reference")
+    if spec in ALIASES:
+        return ALIASES[spec]
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SparsifyError(f"{spec} is a folder without a config.json: it is not a Hugging Face model")
+        return str(path)
+    if path.exists():
+        raise SparsifyError(f"{spec} is a file: give the folder that holds config.json and the weights")
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+        return spec
+    names = [REFERENCE, *ALIASES]
+    raise SparsifyError(
+        f"unknown model {spec!r}: give a folder, a hub id (owner/name), or one of {', '.join(names)}.{suggest(spec, names)}"
+    )
+
+
+def parse_dtype(name: str) -> "torch.dtype | str":
+    """Returns the torch dtype of a name, "auto" for the checkpoint's own. Raises SparsifyError for another name."""
+    if name not in _DTYPES:
+        raise SparsifyError(f"unknown dtype {name!r}: allowed are {', '.join(_DTYPES)}.{suggest(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_dense(
+    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Loads the model as a dense one in evaluation mode, a converted checkpoint too.
+
+    Raises SparsifyError for an unknown model, UnavailableError where the hub does not give it.
+    """
+    source = resolve_model(spec)
+    wanted = parse_dtype(dtype)
+    with hub_errors(spec, source), quiet():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            if config.quantization_config.get("quant_method") != "sparsify":
+                raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
+            # Added tensors are then unexpected ones, which transformers leaves out.
+            del config.quantization_config
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=wanted, trust_remote_code=trust_remote_code
+        )
+    return _to(model, device).eval()
+
+
+def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the model's tokenizer. Raises as load_dense does."""
+    source = resolve_model(spec)
+    with hub_errors(spec, source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
+@contextmanager
+def hub_errors(spec: str, source: str) -> Iterator[None]:
+    """Turns what a load raises into one error that names the model and the next step."""
+    try:
+        yield
+    except SparsifyError:
+        raise
+    except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError, ImportError) as problem:
+        raise _explain(spec, source, problem) from problem
+
+
+def _explain(spec: str, source: str, problem: BaseException) -> SparsifyError:
+    causes = _causes(problem)
+    if Path(source).is_dir():
+        return SparsifyError(f"{spec} could not be loaded as a causal language model: {_first_line(problem)}")
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return UnavailableError(
+            f"{source} is gated: accept its licence on its hub page, then log in with `hf auth login` (or set HF_TOKEN)"
+        )
+    if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for cause in causes) or (
+        "offline" in str(problem).lower() or "connect" in str(problem).lower()
+    ):
+        return UnavailableError(
+            f"the hub was not reached and {source} is not in the local cache: check the network and HF_HUB_OFFLINE, "
+            "or download it elsewhere with `hf download` and give the folder"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return SparsifyError(
+            f"{source} is not on the hub, or not visible without a login: check the name, `hf auth login` if it is private"
+        )
+    return SparsifyError(f"{spec} could not be loaded as a causal language model: {_first_line(problem)}")
+
+
+def _causes(problem: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    current: BaseException | None = problem
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return chain
+
+
+def _first_line(problem: BaseException) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__
+
+
+def _to(model: Any, device: str | None) -> Any:
+    if device is None:
+        return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as problem:
+        raise UnavailableError(f"device {device!r} cannot be used here: {_first_line(problem)}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers reports errors only and shows no bars: what we add to a checkpoint is unexpected to it."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if level == logging.WARNING and "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,109 @@
+"""Makes transformers' from_pretrained and save_pretrained understand converted checkpoints.
+
+Imported while transformers itself is being imported, so it takes from transformers only what is there by then.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from sparsify.config import QUANT_METHOD, SparsifyConfig
+from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.linear import SparsitySwitch, is_linear, make_sparse
+from sparsify.preflight import check_files
+from sparsify.runtime import set_prefill, sparse_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# "dense" or "sparse": overrides a checkpoint's prefill policy where the command line of another tool cannot.
+PREFILL_VARIABLE = "SPARSIFY_PREFILL"
+
+
+class SparsifyQuantizer(HfQuantizer):
+    """Replaces the linears that the configuration names before weights are read, and checks what was read."""
+
+    quantization_config: SparsifyConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise SparsifyError(
+                "from_pretrained does not convert: use sparsify.convert(model, method, calibration) or `sparsify convert`"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        add_sparse_layers(model, config)
+        if kwargs.get("checkpoint_files"):
+            check_files(kwargs["checkpoint_files"], sparse_layers(model))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in sparse_layers(model).items():
+            for tensor in ("weight", "bias"):
+                value = getattr(layer, tensor)
+                if value is not None and not getattr(value, "_is_hf_initialized", True):
+                    raise CheckpointError(f"the checkpoint has no {name}.{tensor}: it is incomplete, download it again")
+            layer.bind()
+        set_prefill(model, os.environ.get(PREFILL_VARIABLE) or self.quantization_config.prefill)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Registers with transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SparsifyConfig)
+        register_quantizer(QUANT_METHOD)(SparsifyQuantizer)
+
+
+def attach(model: PreTrainedModel, config: SparsifyConfig) -> None:
+    """Marks a model converted in memory as from_pretrained would have, so that save_pretrained writes it whole."""
+    register()
+    marked = cast(Any, model)
+    marked.config.quantization_config = config
+    marked.config._is_quantized = True
+    marked.hf_quantizer = SparsifyQuantizer(config, pre_quantized=True)
+    marked.is_quantized = True
+    marked.quantization_method = QUANT_METHOD
+    set_prefill(model, config.prefill)
+
+
+def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
+    """Replaces every linear that the configuration names by an unfitted sparse layer of its rank and scale.
+
+    Raises CheckpointError for a name that is not a linear of the model, or a rank that its shape cannot have.
+    """
+    switch = SparsitySwitch()
+    modules = dict(model.named_modules())
+    for name, entry in config.linears.items():
+        linear = modules.get(name)
+        if linear is None or not is_linear(linear):
+            found = "nothing" if linear is None else f"a {type(linear).__name__}"
+            raise CheckpointError(
+                f"quantization_config names the linear {name!r}, where {type(model).__name__} has {found}: "
+                "the configuration is not this model's"
+            )
+        rows, columns = linear.weight.shape
+        if entry.rank > min(rows, columns):
+            raise CheckpointError(f"quantization_config gives {name} [{rows}, {columns}] the rank {entry.rank}")
+        model.set_submodule(name, make_sparse(linear, scaled=entry.scaled, rank=entry.rank, switch=switch))

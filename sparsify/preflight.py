@@ -1,0 +1,121 @@
+"""Checks a checkpoint's files before any weight is read: where they lie, what they hold, whether it is finite.
+
+Only headers and the small tensors that sparsify added are read. Not covered: bit flips in dense weights, which the
+manifest's SHA-256 finds (`sparsify verify`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sparsify.errors import CheckpointError
+from sparsify.linear import SparseConv1D, SparseLinear
+
+ADDED = ("threshold", "scale", "lr_a", "lr_b")
+INDEX = "model.safetensors.index.json"
+
+
+def check_files(files: Sequence[str], layers: Mapping[str, SparseLinear | SparseConv1D]) -> None:
+    """Checks the safetensors files against the sparse layers of the model skeleton.
+
+    Raises CheckpointError for a file outside the checkpoint's folder, an unreadable header, a missing, doubled,
+    misshapen or unexpected tensor, a wrong dtype, and for thresholds, scales or factors that are not finite.
+    """
+    paths = [Path(file) for file in files]
+    check_places(paths)
+    owners = _owners(paths)
+    for name, layer in layers.items():
+        _check_layer(name, layer, owners)
+    expected = {f"{name}.{added}" for name in layers for added in ADDED}
+    for tensor in owners:
+        base, _, last = tensor.rpartition(".")
+        if last in ADDED and (tensor not in expected or layers[base]._buffers[last] is None):
+            raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
+
+
+def check_places(paths: Sequence[Path]) -> None:
+    """Refuses files that do not lie side by side in one folder: an index can point anywhere."""
+    for path in paths:
+        if ".." in path.parts or path.parent != paths[0].parent:
+            raise CheckpointError(f"the checkpoint's index points to {path}, which is outside of its folder: refused")
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path.name} is not a safetensors file: sparsify reads no other format")
+
+
+def check_index(folder: Path) -> list[Path]:
+    """Returns the weight files of a local folder, from its index or the single file.
+
+    Raises CheckpointError where one is missing or an index entry is not a plain file name.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}: it holds no weights to load")
+        return [single]
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"{index} cannot be read ({type(problem).__name__}: {problem})") from None
+    for name in names:
+        if Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{index} points to {name!r}, which is not a file name inside its folder: refused")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is missing: the checkpoint is incomplete")
+    return [folder / name for name in names]
+
+
+def _owners(paths: Sequence[Path]) -> dict[str, Any]:
+    """Returns {tensor name: (path, shape, dtype)} from the headers alone."""
+    owners: dict[str, tuple[Path, list[int], str]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in owners:
+                        raise CheckpointError(f"{name!r} stands in {path.name} and in {owners[name][0].name}")
+                    part = file.get_slice(name)
+                    owners[name] = (path, part.get_shape(), part.get_dtype())
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({problem}): it may be truncated, download or convert again"
+            ) from None
+    return owners
+
+
+def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[str, Any]) -> None:
+    expected: dict[str, torch.Tensor] = {"weight": layer.weight}
+    if layer.bias is not None:
+        expected["bias"] = layer.bias
+    expected |= {key: buffer for key, buffer in layer._buffers.items() if buffer is not None}
+    for key, tensor in expected.items():
+        full = f"{name}.{key}"
+        if full not in owners:
+            reason = (
+                "it was probably saved again without sparsify, which drops them: convert it again, or delete "
+                "quantization_config from config.json to load the dense model"
+                if key in ADDED
+                else "it is incomplete"
+            )
+            raise CheckpointError(f"the checkpoint has no {full!r}: {reason}")
+        path, shape, dtype = owners[full]
+        if list(tensor.shape) != list(shape):
+            raise CheckpointError(f"{full} has the shape {list(shape)}, {list(tensor.shape)} is expected")
+        if key in ("threshold", "scale") and dtype != "F32":
+            raise CheckpointError(f"{full} is stored as {dtype}, F32 is expected")
+        if key in ADDED:
+            _check_values(full, key, path)
+
+
+def _check_values(full: str, key: str, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(full)
+    if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"{full} holds values that are not finite numbers: the checkpoint is damaged, convert again")
+    if key == "scale" and bool((tensor < 0).any()):
+        raise CheckpointError(f"{full} holds negative scales: the checkpoint is damaged, convert again")

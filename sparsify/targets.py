@@ -1,0 +1,158 @@
+"""Finds what can be made sparse in any decoder: the linears in its blocks, grouped by the input they share.
+
+By structure, not by a table of families: the blocks are the longest list of equal modules, the linears are the
+nn.Linear and Conv1D modules inside, and linears that receive the same tensor in a forward are one input site.
+Embeddings, norms, the head, routers and 3-D expert weights stay dense; what was left and why is listed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparsify.errors import SparsifyError
+from sparsify.linear import is_linear
+
+
+@dataclass(frozen=True)
+class Site:
+    """The linears of one block that receive the same input [..., I]; names are module names in the model."""
+
+    names: tuple[str, ...]
+    inputs: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The input sites of a model in call order, and one plain statement for everything left dense in its blocks."""
+
+    sites: tuple[Site, ...]
+    left_dense: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for site in self.sites for name in site.names)
+
+
+def find_targets(model: PreTrainedModel, tokens: Tensor) -> Targets:
+    """Runs one short forward on tokens [1, S] and returns the sites of the model.
+
+    Raises SparsifyError where the model has no decoder blocks or no linears in them.
+    """
+    prefix, blocks = _decoder_blocks(model)
+    linears = {
+        f"{prefix}.{name}": module
+        for name, module in blocks.named_modules()
+        if is_linear(module)
+    }
+    routers = {name for name, module in linears.items() if _is_router(model, module)}
+    called = _record_inputs(model, {n: m for n, m in linears.items() if n not in routers}, tokens)
+    sites = _group(called, linears)
+    if not sites:
+        raise SparsifyError(
+            f"{type(model).__name__} has no linears in its {len(blocks)} blocks that a forward reaches; nothing to convert"
+        )
+    return Targets(tuple(sites), tuple(_left_dense(prefix, blocks, linears, routers, called)))
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """Returns (outputs, inputs) of an nn.Linear or a Conv1D."""
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Returns the weight as [O, I], a view for a Conv1D, which stores [I, O]."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and any(is_linear(m) for m in module.modules())
+    ]
+    # An encoder-decoder or a vision tower has several lists: the decoder's length is in the text configuration.
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    candidates = [entry for entry in lists if len(entry[1]) == depth] or lists
+    if not candidates:
+        raise SparsifyError(
+            f"{type(model).__name__} has no list of decoder blocks with linears in it; "
+            "sparsify converts decoder-only language models of transformers"
+        )
+    # Of nested lists the outer one is named first.
+    return candidates[0]
+
+
+def _is_router(model: PreTrainedModel, linear: nn.Module) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
+    outputs, _ = linear_shape(linear)
+    return outputs == 1 or outputs in experts - {None}
+
+
+def _record_inputs(model: PreTrainedModel, linears: dict[str, nn.Module], tokens: Tensor) -> list[tuple[str, Tensor]]:
+    """Returns (name, input) of every linear that a forward calls, in call order; a second call is not listed."""
+    calls: dict[str, Tensor] = {}
+    handles = []
+    for name, module in linears.items():
+
+        def record(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            calls.setdefault(name, args[0])
+
+        handles.append(module.register_forward_pre_hook(record))
+    try:
+        with torch.inference_mode():
+            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(calls.items())
+
+
+def _group(called: list[tuple[str, Tensor]], linears: dict[str, nn.Module]) -> list[Site]:
+    groups: list[tuple[Tensor, list[str]]] = []
+    for name, x in called:
+        for known, names in groups:
+            # All inputs are alive here, so the same storage means the same tensor, viewed or not.
+            if known is x or (known.numel() == x.numel() and known.data_ptr() == x.data_ptr() != 0):
+                names.append(name)
+                break
+        else:
+            groups.append((x, [name]))
+    return [Site(tuple(names), linear_shape(linears[names[0]])[1]) for _, names in groups]
+
+
+def _left_dense(
+    prefix: str,
+    blocks: nn.ModuleList,
+    linears: dict[str, nn.Module],
+    routers: set[str],
+    called: list[tuple[str, Tensor]],
+) -> list[str]:
+    statements = []
+    if routers:
+        statements.append(f"{len(routers)} router or gate linears, which choose experts: {_names(routers)}")
+    unreached = set(linears) - routers - {name for name, _ in called}
+    if unreached:
+        statements.append(f"{len(unreached)} linears that the forward did not reach: {_names(unreached)}")
+    experts = [
+        f"{prefix}.{name}" for name, parameter in blocks.named_parameters() if parameter.dim() == 3
+    ]
+    if experts:
+        statements.append(f"{len(experts)} expert weights, stored as 3-D tensors, left dense: {_names(set(experts))}")
+    return statements
+
+
+def _names(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
