@@ -37,7 +37,8 @@ def select_backend(
         return next(b for b in backends() if b.supports(device, dtype, inputs, outputs))
     names = [backend.name for backend in backends()]
     if name not in names:
-        raise SparsifyError(f"unknown backend {name!r}: this installation has {', '.join(names)}.{suggest(name, names)}")
+        known = ", ".join(names)
+        raise SparsifyError(f"unknown backend {name!r}: this installation has {known}.{suggest(name, names)}")
     backend = backends()[names.index(name)]
     if not backend.supports(device, dtype, inputs, outputs):
         raise SparsifyError(

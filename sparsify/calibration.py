@@ -119,7 +119,7 @@ def hooked(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]) ->
 def run_batches(model: PreTrainedModel, tokens: Tensor, stage: str, progress: Progress | None) -> None:
     """Runs the model over tokens [N, S], a window at a time, without a cache."""
     was_training = model.training
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     try:
         for index, window in enumerate(tokens):
             with torch.inference_mode():

@@ -49,7 +49,8 @@ def render_card(
 
 
 def _options(config: SparsifyConfig) -> str:
-    shown = {k: v for k, v in config.method_config.items() if k != "sparsity" and v is not None and not isinstance(v, Mapping)}
+    options = {key: value for key, value in config.method_config.items() if key != "sparsity" and value is not None}
+    shown = {key: "given per linear" if isinstance(value, Mapping) else value for key, value in options.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items()) or "no options"
 
 

@@ -116,7 +116,7 @@ def read_config(folder: str | Path) -> SparsifyConfig:
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as problem:
         raise CheckpointError(f"{path} cannot be read: {problem}") from None
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{folder} is not a sparsify checkpoint: convert it first (`sparsify convert {folder} …`)")
+        raise CheckpointError(f"{folder} is not a sparsify checkpoint: convert it first with `sparsify convert`")
     parsed: SparsifyConfig = SparsifyConfig.from_dict(section)
     return parsed
 
@@ -168,7 +168,7 @@ def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
         skeleton = AutoConfig.from_pretrained(folder)
         del skeleton.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(skeleton)
+            model = AutoModelForCausalLM.from_config(skeleton)  # type: ignore[no-untyped-call]
     add_sparse_layers(model, config)
     check_files([str(file) for file in files], sparse_layers(model))
 

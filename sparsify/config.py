@@ -75,7 +75,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         calibration: CalibrationEntry,
         linears: dict[str, LinearEntry],
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.schema_version = SCHEMA_VERSION
         self.sparsify_version = sparsify_version
         self.method = method

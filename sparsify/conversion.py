@@ -127,7 +127,9 @@ def _collect(
         for candidate in linear.candidates:
             key = _histogram_key(name, linear, candidate.score)
             histograms.setdefault(key, ScoreHistogram())
-    first = {linear.site: name for name, linear in reversed(linears.items())}
+    first: dict[int, str] = {}
+    for name, linear in linears.items():
+        first.setdefault(linear.site, name)
 
     def see(name: str, x: Tensor) -> None:
         linear = linears[name]

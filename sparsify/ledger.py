@@ -127,9 +127,14 @@ def ledger_of(model: PreTrainedModel) -> Ledger:
         entry = config.linears[name]
         linears.append(
             LinearBytes(
-                name, layer.sparse_out, layer.sparse_in, layer.weight.element_size(),
-                layer.rank, entry.density, layer.scale is not None,
-            )  # fmt: skip
+                name=name,
+                outputs=layer.sparse_out,
+                inputs=layer.sparse_in,
+                element_size=layer.weight.element_size(),
+                rank=layer.rank,
+                density=entry.density,
+                scaled=layer.scale is not None,
+            )
         )
     return Ledger(config.sparsity, tuple(linears), _rest_bytes(model), tuple(config.left_dense))
 
@@ -137,7 +142,7 @@ def ledger_of(model: PreTrainedModel) -> Ledger:
 def _rest_bytes(model: PreTrainedModel) -> int:
     converted = {id(layer.weight) for layer in sparse_layers(model).values()}
     text = model.config.get_text_config(decoder=True)
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     counted = {id(head.weight)} if head is not None else set()
     total = head.weight.numel() * head.weight.element_size() if head is not None else 0
     for module in model.modules():
@@ -149,7 +154,8 @@ def _rest_bytes(model: PreTrainedModel) -> int:
             if isinstance(module, nn.Embedding):
                 size //= module.num_embeddings
             elif parameter.dim() == 3:
-                size = size * int(getattr(text, "num_experts_per_tok", None) or parameter.shape[0]) // parameter.shape[0]
+                experts = parameter.shape[0]
+                size = size * int(getattr(text, "num_experts_per_tok", None) or experts) // experts
             total += size
     # The tied head is read whole; its one row as the input embedding is not counted again.
     return total

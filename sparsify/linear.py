@@ -79,7 +79,7 @@ class _SparseLayer(nn.Module):
         return self
 
 
-class SparseLinear(_SparseLayer, nn.Linear):
+class SparseLinear(_SparseLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear [O, I] with a channel threshold, an optional score scale and an optional low-rank rest."""
 
     def __init__(
@@ -103,7 +103,7 @@ class SparseLinear(_SparseLayer, nn.Linear):
         return self.backend.run(x, (self.tensors(),))[0]
 
 
-class SparseConv1D(_SparseLayer, Conv1D):
+class SparseConv1D(_SparseLayer, Conv1D):  # type: ignore[misc]
     """GPT-2's Conv1D, a linear whose weight is stored [I, O], made sparse; already channel-contiguous."""
 
     def __init__(
@@ -118,9 +118,9 @@ class SparseConv1D(_SparseLayer, Conv1D):
         dtype: torch.dtype | None = None,
     ) -> None:
         with torch.device(device or torch.get_default_device()):
-            Conv1D.__init__(self, out_features, in_features)
+            Conv1D.__init__(self, out_features, in_features)  # type: ignore[no-untyped-call]
         if dtype is not None:
-            nn.Module._apply(self, lambda t: t.to(dtype))
+            nn.Module._apply(self, lambda t: t.to(dtype))  # type: ignore[no-untyped-call]
         self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
 
     def tensors(self) -> SparseTensors:
@@ -128,7 +128,8 @@ class SparseConv1D(_SparseLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.switch.sparse:
-            return Conv1D.forward(self, x)
+            dense: Tensor = Conv1D.forward(self, x)  # type: ignore[no-untyped-call]
+            return dense
         return self.backend.run(x, (self.tensors(),))[0]
 
 
@@ -137,29 +138,43 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def make_sparse(linear: nn.Module, *, scaled: bool, rank: int, switch: SparsitySwitch) -> "SparseLinear | SparseConv1D":
-    """Returns a sparse layer that takes over linear's parameters (no copy), with unfitted buffers."""
+def make_sparse(linear: nn.Module, *, scaled: bool, rank: int, switch: SparsitySwitch) -> SparseLinear | SparseConv1D:
+    """Returns a sparse layer that takes over linear's parameters (no copy), with buffers that keep every channel.
+
+    Raises TypeError for another module than nn.Linear or Conv1D.
+    """
     weight = linear.weight
+    assert isinstance(weight, nn.Parameter)
     layer: SparseLinear | SparseConv1D
     if isinstance(linear, nn.Linear):
         layer = SparseLinear(
-            linear.in_features, linear.out_features, linear.bias is not None,
-            scaled=scaled, rank=rank, switch=switch, device="meta", dtype=weight.dtype,
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            scaled=scaled,
+            rank=rank,
+            switch=switch,
+            device="meta",
+            dtype=weight.dtype,
+        )
     elif isinstance(linear, Conv1D):
         layer = SparseConv1D(
             linear.nx, linear.nf, scaled=scaled, rank=rank, switch=switch, device="meta", dtype=weight.dtype
         )
     else:
         raise TypeError(f"{type(linear).__name__} is not a linear that can be made sparse")
-    layer.weight, layer.bias = linear.weight, linear.bias
-    if weight.device.type != "meta":
-        for name, buffer in layer._buffers.items():
-            if buffer is not None:
-                layer._buffers[name] = torch.zeros_like(buffer, device=weight.device)
-        layer.threshold.fill_(-1.0)
-        if layer.scale is not None:
-            layer.scale.fill_(1.0)
+    layer.weight, layer.bias = weight, linear.bias
+    if not weight.is_meta:
+        _materialise_buffers(layer, weight.device)
     layer.train(linear.training)
     layer.bind()
     return layer
+
+
+def _materialise_buffers(layer: SparseLinear | SparseConv1D, device: torch.device) -> None:
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:
+            layer._buffers[name] = torch.zeros_like(buffer, device=device)
+    layer.threshold.fill_(-1.0)
+    if layer.scale is not None:
+        layer.scale.fill_(1.0)

@@ -25,7 +25,7 @@ def check_manifest(folder: Path) -> list[str]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written by `sparsify convert`, or not to its end")
+        raise CheckpointError(f"{folder} has no {MANIFEST}: `sparsify convert` did not write it, or not to its end")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         recorded = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}

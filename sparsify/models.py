@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ ALIASES = {
     "olmo-2-7b": "allenai/OLMo-2-1124-7B",
 }
 
-_DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 def resolve_model(spec: str) -> str:
@@ -67,7 +73,8 @@ def resolve_model(spec: str) -> str:
         return spec
     names = [REFERENCE, *ALIASES]
     raise SparsifyError(
-        f"unknown model {spec!r}: give a folder, a hub id (owner/name), or one of {', '.join(names)}.{suggest(spec, names)}"
+        f"unknown model {spec!r}: give a folder, a hub id (owner/name), or one of {', '.join(names)}."
+        f"{suggest(spec, names)}"
     )
 
 
@@ -97,7 +104,8 @@ def load_dense(
         model: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, trust_remote_code=trust_remote_code
         )
-    return _to(model, device).eval()
+    loaded: PreTrainedModel = _to(model, device).eval()
+    return loaded
 
 
 def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -136,7 +144,8 @@ def _explain(spec: str, source: str, problem: BaseException) -> SparsifyError:
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return SparsifyError(
-            f"{source} is not on the hub, or not visible without a login: check the name, `hf auth login` if it is private"
+            f"{source} is not on the hub, or not visible without a login: check the name; "
+            "log in with `hf auth login` if it is private"
         )
     return SparsifyError(f"{spec} could not be loaded as a causal language model: {_first_line(problem)}")
 
@@ -170,12 +179,12 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if level == logging.WARNING and "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    if level == WARNING and "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

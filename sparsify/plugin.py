@@ -37,7 +37,8 @@ class SparsifyQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise SparsifyError(
-                "from_pretrained does not convert: use sparsify.convert(model, method, calibration) or `sparsify convert`"
+                "from_pretrained does not convert a model: use sparsify.convert(model, method, calibration) "
+                "or `sparsify convert`"
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

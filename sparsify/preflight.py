@@ -116,6 +116,6 @@ def _check_values(full: str, key: str, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(full)
     if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-        raise CheckpointError(f"{full} holds values that are not finite numbers: the checkpoint is damaged, convert again")
+        raise CheckpointError(f"{full} holds values that are not finite: the checkpoint is damaged, convert again")
     if key == "scale" and bool((tensor < 0).any()):
         raise CheckpointError(f"{full} holds negative scales: the checkpoint is damaged, convert again")

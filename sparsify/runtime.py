@@ -47,7 +47,9 @@ def set_prefill(model: nn.Module, prefill: str) -> None:
     """
     allowed = get_args(Prefill)
     if prefill not in allowed:
-        raise SparsifyError(f"unknown prefill {prefill!r}: allowed are {', '.join(allowed)}.{suggest(prefill, allowed)}")
+        raise SparsifyError(
+            f"unknown prefill {prefill!r}: allowed are {', '.join(allowed)}.{suggest(prefill, allowed)}"
+        )
     switch = switch_of(model)
     if switch.prefill_hook is not None:
         switch.prefill_hook.remove()

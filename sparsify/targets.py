@@ -43,17 +43,14 @@ def find_targets(model: PreTrainedModel, tokens: Tensor) -> Targets:
     Raises SparsifyError where the model has no decoder blocks or no linears in them.
     """
     prefix, blocks = _decoder_blocks(model)
-    linears = {
-        f"{prefix}.{name}": module
-        for name, module in blocks.named_modules()
-        if is_linear(module)
-    }
+    linears = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if is_linear(module)}
     routers = {name for name, module in linears.items() if _is_router(model, module)}
     called = _record_inputs(model, {n: m for n, m in linears.items() if n not in routers}, tokens)
     sites = _group(called, linears)
     if not sites:
         raise SparsifyError(
-            f"{type(model).__name__} has no linears in its {len(blocks)} blocks that a forward reaches; nothing to convert"
+            f"{type(model).__name__} has no linears that a forward reaches in its {len(blocks)} blocks: "
+            "there is nothing to convert"
         )
     return Targets(tuple(sites), tuple(_left_dense(prefix, blocks, linears, routers, called)))
 
@@ -77,9 +74,7 @@ def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and any(is_linear(m) for m in module.modules())
+        if isinstance(module, nn.ModuleList) and len(module) and any(is_linear(m) for m in module.modules())
     ]
     # An encoder-decoder or a vision tower has several lists: the decoder's length is in the text configuration.
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
@@ -145,9 +140,7 @@ def _left_dense(
     unreached = set(linears) - routers - {name for name, _ in called}
     if unreached:
         statements.append(f"{len(unreached)} linears that the forward did not reach: {_names(unreached)}")
-    experts = [
-        f"{prefix}.{name}" for name, parameter in blocks.named_parameters() if parameter.dim() == 3
-    ]
+    experts = [f"{prefix}.{name}" for name, parameter in blocks.named_parameters() if parameter.dim() == 3]
     if experts:
         statements.append(f"{len(experts)} expert weights, stored as 3-D tensors, left dense: {_names(set(experts))}")
     return statements

@@ -136,7 +136,7 @@ def _checked_recipe(recipe: Recipe, names: list[str]) -> Recipe:
         if name not in names:
             raise SparsifyError(f"the recipe names {name!r}, which this model does not have.{suggest(name, names)}")
         if not isinstance(entry, Mapping) or set(entry) != {"sparsity", "rho"}:
-            raise SparsifyError(f"the recipe's entry for {name} must have exactly 'sparsity' and 'rho', found {entry!r}")
+            raise SparsifyError(f"the recipe must give {name} exactly 'sparsity' and 'rho', found {entry!r}")
         check_share(f"sparsity of {name} in the recipe", entry["sparsity"], one_allowed=False)
         check_share(f"rho of {name} in the recipe", entry["rho"], one_allowed=True)
     return {name: dict(entry) for name, entry in recipe.items()}

@@ -32,7 +32,7 @@ from sparsify.corpus import standard_library_text
 
 VOCABULARY = 4096
 CONTEXT = 512
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 320,
     "intermediate_size": 864,
     "num_hidden_layers": 5,
@@ -71,7 +71,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -87,9 +87,7 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> tor
     return torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
 
 
-def train(
-    out: Path, *, steps: int, batch: int, learning_rate: float, seed: int, resume: bool, compiled: bool
-) -> None:
+def train(out: Path, *, steps: int, batch: int, learning_rate: float, seed: int, resume: bool, compiled: bool) -> None:
     set_seed(seed)
     texts = standard_library_text("training")
     tokenizer = train_tokenizer(texts)
@@ -136,8 +134,7 @@ def train(
     )
     started = time.time()
     trainer.train(resume_from_checkpoint=resume)
-    trained = model.to(torch.bfloat16)
-    trained.save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     record: dict[str, Any] = {
         "steps": steps,
