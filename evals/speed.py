@@ -25,7 +25,7 @@ import sparsify
 from sparsify.errors import SparsifyError
 from sparsify.evals.perplexity import check_context
 from sparsify.evals.realised import RealisedDensity
-from sparsify.ledger import ledger_of
+from sparsify.ledger import ledger_of, rest_bytes
 from sparsify.runtime import dense, sparse_layers, switch_of
 
 _WARM_UP_STEPS = 4
@@ -62,18 +62,19 @@ class Speed:
     """Dense and sparse decoding of one model. ratio: dense / sparse step time, one value a round (above 1: faster).
 
     bytes_per_token counts all weights that a token touches, the sparse side with the densities of this very run;
-    at batch > 1 it is the union-free bytes of one token. copy_gb_per_second is what a plain copy reads and writes here.
+    at batch > 1 those of one token, not of the batch's union. copy_gb_per_second: what a plain copy reads and writes
+    here. A dense model has the dense side only.
     """
 
     dense: Decoding
-    sparse: Decoding
-    ratio: Spread
-    realised_sparsity: float
+    sparse: Decoding | None
+    ratio: Spread | None
+    realised_sparsity: float | None
     prompt_tokens: int
     new_tokens: int
     rounds: int
     batch: int
-    prefill: str
+    prefill: str | None
     protocol: str
     backends: list[str]
     dtype: str
@@ -97,42 +98,52 @@ def decode_speed(
 ) -> Speed:
     """Times `rounds` rounds of `new_tokens` steps after prompt [B, P] (int64), dense and sparse in turn.
 
-    progress is called with (rounds done, rounds in all). Raises SparsifyError for a model that is not converted or a
-    prompt that leaves no room.
+    progress is called with (rounds done, rounds in all). Raises SparsifyError for a prompt that is empty or too long.
     """
-    switch = switch_of(model)
     _check(model, prompt, new_tokens, rounds)
     prompt = prompt.to(model.device)
-    steps: dict[bool, list[list[float]]] = {True: [], False: []}
+    sides = (True, False) if sparse_layers(model) else (True,)
+    steps: dict[bool, list[list[float]]] = {side: [] for side in sides}
     was_training = model.training
     model.train(False)
     try:
         with RealisedDensity(model) as realised:
-            _decode(model, prompt, new_tokens, run_dense=False)
-        _decode(model, prompt, new_tokens, run_dense=True)
+            for side in sides:
+                _decode(model, prompt, new_tokens, run_dense=side)
         for index in range(rounds):
             # Who goes first changes by round.
-            for run_dense in (True, False) if index % 2 == 0 else (False, True):
-                steps[run_dense].append(_decode(model, prompt, new_tokens, run_dense=run_dense))
+            for side in sides if index % 2 == 0 else sides[::-1]:
+                steps[side].append(_decode(model, prompt, new_tokens, run_dense=side))
             if progress is not None:
                 progress(index + 1, rounds)
     finally:
         model.train(was_training)
-    ledger = ledger_of(model).with_densities(realised.densities())
-    pairs = zip(steps[True], steps[False], strict=True)
     return Speed(
-        dense=_decoding(steps[True], len(prompt), ledger.dense_bytes + ledger.rest_bytes),
-        sparse=_decoding(steps[False], len(prompt), ledger.touched_bytes + ledger.rest_bytes),
-        ratio=Spread.of([statistics.median(a) / statistics.median(b) for a, b in pairs]),
-        realised_sparsity=ledger.weighted_sparsity,
+        **_compared(model, steps, len(prompt), realised),
         prompt_tokens=prompt.shape[1],
         new_tokens=new_tokens,
         rounds=rounds,
         batch=len(prompt),
-        prefill=switch.prefill,
         protocol="eager, dynamic KV cache, greedy, head included, dense and sparse interleaved by round",
         **_environment(model),
     )
+
+
+def _compared(
+    model: PreTrainedModel, steps: dict[bool, list[list[float]]], batch: int, realised: RealisedDensity
+) -> dict[str, Any]:
+    if False not in steps:
+        side = _decoding(steps[True], batch, rest_bytes(model))
+        return {"dense": side, "sparse": None, "ratio": None, "realised_sparsity": None, "prefill": None}
+    ledger = ledger_of(model).with_densities(realised.densities())
+    pairs = zip(steps[True], steps[False], strict=True)
+    return {
+        "dense": _decoding(steps[True], batch, ledger.dense_bytes + ledger.rest_bytes),
+        "sparse": _decoding(steps[False], batch, ledger.touched_bytes + ledger.rest_bytes),
+        "ratio": Spread.of([statistics.median(a) / statistics.median(b) for a, b in pairs]),
+        "realised_sparsity": ledger.weighted_sparsity,
+        "prefill": switch_of(model).prefill,
+    }
 
 
 def _check(model: PreTrainedModel, prompt: Tensor, new_tokens: int, rounds: int) -> None:

@@ -136,10 +136,11 @@ def ledger_of(model: PreTrainedModel) -> Ledger:
                 scaled=layer.scale is not None,
             )
         )
-    return Ledger(config.sparsity, tuple(linears), _rest_bytes(model), tuple(config.left_dense))
+    return Ledger(config.sparsity, tuple(linears), rest_bytes(model), tuple(config.left_dense))
 
 
-def _rest_bytes(model: PreTrainedModel) -> int:
+def rest_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes that every token touches outside of converted linears; all there are in a dense model."""
     converted = {id(layer.weight) for layer in sparse_layers(model).values()}
     text = model.config.get_text_config(decoder=True)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
