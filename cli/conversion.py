@@ -1,0 +1,166 @@
+"""One conversion from its settings: checked, calibrated, converted, measured, saved."""
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify.cli.ledger_view import ledger_totals
+from sparsify.cli.loading import pick_device
+from sparsify.cli.measurement import measure
+from sparsify.cli.progress import Progress
+from sparsify.cli.settings import ConvertSettings
+from sparsify.cli.sites import check_budgets, describe_sites
+from sparsify.errors import SparsifyError, UnavailableError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsify.calibration import Calibration
+    from sparsify.config import SparsifyConfig
+    from sparsify.methods import Method
+    from sparsify.text import Windows
+
+
+def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
+    """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports.
+
+    With dry_run, nothing is calibrated or written, and `out` may be left out.
+    """
+    from sparsify import checkpoint, conversion, models
+    from sparsify.ledger import ledger_of
+    from sparsify.runtime import set_prefill
+
+    started = time.monotonic()
+    method = _configure(settings)
+    out = _check_out(settings.out, needed=not dry_run)
+    device = pick_device(settings.device)
+    spec = _check_model(settings.model)
+    tokenizer, calibration, windows = _read_texts(spec, settings, progress)
+    model = _load_dense(spec, settings, device, progress)
+    if dry_run or out is None:
+        check_budgets(model, method)
+        return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
+    conversion.convert(model, method, calibration, progress=progress)
+    config: SparsifyConfig = model.config.quantization_config
+    config.prefill = settings.prefill
+    set_prefill(model, settings.prefill)
+    measured = _measure(model, windows, progress) if windows is not None else None
+    progress.note(f"writing {out}")
+    card = _card_rows(measured) if measured is not None else None
+    source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
+    checkpoint.save(model, out, tokenizer, source=source, settings=asdict(settings), measured=card)
+    report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
+    return report | _describe(config) | {"ledger": ledger_totals(ledger_of(model)), "measured": measured}
+
+
+def _configure(settings: ConvertSettings) -> "Method":
+    """Returns the method; an option that it does not take is refused, one that was not given is left to it."""
+    from sparsify.methods import get_method
+
+    options = {"rho": settings.rho, "score": settings.score, "recipe": settings.recipe}
+    given = {name: value for name, value in options.items() if value is not None}
+    return get_method(settings.method).configure(sparsity=settings.sparsity, **given)
+
+
+def _check_out(out: str | None, *, needed: bool) -> Path | None:
+    """Checks, before hours of work, that the folder can be made at their end."""
+    from sparsify.checkpoint import check_output
+
+    if out is None:
+        if needed:
+            raise SparsifyError("no --out: name the folder to write, which must not exist yet")
+        return None
+    path = Path(out)
+    check_output(path)
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise SparsifyError(f"--out {out}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UnavailableError(f"--out {out}: no permission to write in {parent}")
+    return path
+
+
+def _check_model(model: str | None) -> str:
+    from sparsify.models import resolve_model
+
+    if model is None:
+        raise SparsifyError("no MODEL: give a folder, a hub id, an alias or reference, or `model:` in --config")
+    resolve_model(model)
+    return model
+
+
+def _read_texts(
+    spec: str, settings: ConvertSettings, progress: Progress
+) -> "tuple[PreTrainedTokenizerBase, Calibration, Windows | None]":
+    """Reads both texts before the model, which takes longer and whose load a short text would waste."""
+    from sparsify.calibration import Calibration
+    from sparsify.models import load_tokenizer
+    from sparsify.text import default_evaluation_text, read_text, windows
+
+    text = read_text(settings.calibration)
+    tokenizer = load_tokenizer(spec, trust_remote_code=settings.trust_remote_code)
+    calibration = Calibration.from_text(text, tokenizer, sequences=settings.sequences, seq_len=settings.seq_len)
+    if settings.eval_windows == 0:
+        return tokenizer, calibration, None
+    evaluation, why = default_evaluation_text(spec)
+    progress.note(why)
+    return tokenizer, calibration, windows(
+        evaluation, tokenizer, seq_len=settings.seq_len, limit=settings.eval_windows
+    )  # fmt: skip
+
+
+def _load_dense(spec: str, settings: ConvertSettings, device: str, progress: Progress) -> "PreTrainedModel":
+    import torch
+
+    from sparsify.evals.perplexity import check_context
+    from sparsify.models import load_dense
+
+    torch.manual_seed(settings.seed)
+    progress.note(f"loading {spec}")
+    model = load_dense(spec, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code)
+    check_context(model, settings.seq_len)
+    return model
+
+
+def _measure(model: "PreTrainedModel", windows: "Windows", progress: Progress) -> dict[str, Any] | None:
+    try:
+        return measure(model, windows, progress, label="measure")
+    except SparsifyError as error:
+        # The conversion is done by now, and worth more than its card.
+        progress.note(f"not measured: {error}")
+        return None
+
+
+def _card_rows(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the table of the model card from measure's result."""
+    rows = {}
+    for name, size in (("dense", "dense_bytes_per_token"), ("sparse", "touched_bytes_per_token")):
+        about = measured[name]
+        rows[name] = {
+            "perplexity": about["perplexity"],
+            "bits per byte": about["bits_per_byte"],
+            "realised sparsity": measured["realised_sparsity"] if name == "sparse" else 0.0,
+            "bytes per token": round(measured[size]),
+            "text": about["text"],
+            "windows": f"{about['windows']} × {about['seq_len']}",
+            "protocol": about["protocol"],
+        }
+    return rows
+
+
+def _describe(config: "SparsifyConfig") -> dict[str, Any]:
+    entries = config.linears
+    worst = max(entries, key=lambda name: entries[name].error)
+    return {
+        "method": config.method,
+        "method_config": config.method_config,
+        "prefill": config.prefill,
+        "calibration": asdict(config.calibration),
+        "low_rank_linears": sum(entry.rank > 0 for entry in entries.values()),
+        "mean_error": sum(entry.error for entry in entries.values()) / len(entries),
+        "worst_error": {"linear": worst, "error": entries[worst].error},
+    }

@@ -1,0 +1,145 @@
+"""`sparsify inspect`: what is in a converted checkpoint, or what a conversion would find in a dense model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sparsify.cli.ledger_view import ledger_totals, print_left_dense, totals_table
+from sparsify.cli.loading import TrustOption, is_converted
+from sparsify.cli.output import Format, FormatOption, Output, SaveOption, common_prefix, make_table, percent
+from sparsify.cli.progress import Progress
+from sparsify.cli.sites import describe_sites, sites_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("inspect", rich_help_panel="Look and check")(inspect)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A converted checkpoint, or a dense model.")],
+    trust_remote_code: TrustOption = False,
+    format: FormatOption = Format.human,
+    save: SaveOption = None,
+) -> None:
+    """Look inside a checkpoint: its settings, its byte ledger, and every linear.
+
+    For a dense model: the linears that a conversion would make sparse, found
+    by structure, and what it would leave dense.
+
+    [dim]$[/] sparsify inspect reference-50
+    [dim]$[/] sparsify inspect reference
+    """
+    output = Output(format, save)
+    with output.working(), Progress() as progress:
+        from sparsify.models import load_dense, resolve_model
+
+        source = resolve_model(model)
+        converted = is_converted(source)
+        if converted:
+            result = {"model": model, "converted": True} | describe_checkpoint(Path(source))
+        else:
+            progress.note(f"loading {model}")
+            found = describe_sites(load_dense(model, device="cpu", trust_remote_code=trust_remote_code))
+            result = {"model": model, "converted": False} | found
+    output.emit(result, lambda console: (_render_checkpoint if converted else _render_dense)(console, result))
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """Returns configuration, ledger totals and every linear of a checkpoint; only headers and thresholds are read.
+
+    Raises CheckpointError where it is not a sound one.
+    """
+    from sparsify.checkpoint import read_config, read_ledger
+
+    config, ledger = read_config(folder), read_ledger(folder)
+    thresholds = _thresholds(folder)
+    sizes = {linear.name: linear for linear in ledger.linears}
+    return {
+        "method": config.method,
+        "method_config": config.method_config,
+        "prefill": config.prefill,
+        "calibration": asdict(config.calibration),
+        "sparsify_version": config.sparsify_version,
+        "schema_version": config.schema_version,
+        "ledger": ledger_totals(ledger),
+        "linears": [
+            {"name": name, "threshold": thresholds.get(name), **_size(sizes.get(name)), **asdict(entry)}
+            for name, entry in config.linears.items()
+        ],
+    }
+
+
+def _size(linear: Any) -> dict[str, Any]:
+    if linear is None:
+        return {}
+    return {
+        "outputs": linear.outputs,
+        "inputs": linear.inputs,
+        "dense_bytes": linear.dense_bytes,
+        "touched_bytes": linear.touched_bytes,
+    }
+
+
+def _thresholds(folder: Path) -> dict[str, float]:
+    from safetensors import SafetensorError, safe_open
+
+    from sparsify.errors import CheckpointError
+    from sparsify.preflight import check_index
+
+    found = {}
+    for path in check_index(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if key.endswith(".threshold"):
+                        found[key.removesuffix(".threshold")] = float(file.get_tensor(key))
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(f"{path.name} cannot be read: {problem}; see `sparsify verify {folder}`") from None
+    return found
+
+
+def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
+    about = result["calibration"]
+    options = ", ".join(f"{k} {v}" for k, v in result["method_config"].items() if v is not None and k != "recipe")
+    console.print(f"[bold]{result['method']}[/] ({options}), prefill {result['prefill']}")
+    console.print(
+        f"Calibrated on {about['sequences']} × {about['seq_len']} tokens of {about['source']} "
+        f"(sha256 {about['sha256'][:12]}); written by sparsify {result['sparsify_version']}, "
+        f"schema {result['schema_version']}",
+        markup=False,
+    )
+    console.print()
+    console.print(totals_table(result["ledger"]))
+    console.print(_linears_table(result["linears"]))
+    print_left_dense(console, result["ledger"]["left_dense"])
+
+
+def _linears_table(linears: list[dict[str, Any]]) -> Table:
+    """Names lose the prefix that all share, so that a row fits 80 columns."""
+    prefix = common_prefix([linear["name"] for linear in linears])
+    title = f"Linears of {prefix.rstrip('.')}" if prefix else "Linears"
+    table = make_table(title, "linear", "saved", "rho", "rank", "density", "threshold", "error")
+    for linear in linears:
+        dense = linear.get("dense_bytes")
+        saved = 1 - linear["touched_bytes"] / dense if dense else None
+        threshold = linear["threshold"]
+        table.add_row(
+            linear["name"].removeprefix(prefix), percent(saved), f"{linear['rho']:g}", str(linear["rank"]),
+            percent(linear["density"]), "-" if threshold is None else f"{threshold:.3g}", percent(linear["error"]),
+        )  # fmt: skip
+    return table
+
+
+def _render_dense(console: Console, result: dict[str, Any]) -> None:
+    console.print(sites_table(result["kinds"]))
+    print_left_dense(console, result["left_dense"])
+    console.print(
+        f"A dense model: {result['linears']} linears at {result['sites']} input sites can be made sparse. "
+        f"Next: sparsify convert {result['model']} --sparsity 0.5 --out DIR",
+        markup=False,
+    )

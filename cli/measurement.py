@@ -1,0 +1,51 @@
+"""One model on one text: its dense perplexity and, where it is converted, the sparse one with realised sparsity."""
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from sparsify.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparsify.text import Windows
+
+
+def measure(
+    model: "PreTrainedModel",
+    windows: "Windows",
+    progress: Progress,
+    *,
+    label: str,
+    protocol: str = "every-token",
+    batch_size: int = 8,
+    only_dense: bool = False,
+) -> dict[str, Any]:
+    """Returns "dense" and, for a converted model, "sparse" perplexities on the same tokens, and what sparsity was."""
+    from sparsify.evals.perplexity import perplexity
+    from sparsify.evals.realised import RealisedDensity
+    from sparsify.ledger import ledger_of
+    from sparsify.runtime import dense, sparse_layers
+
+    converted = bool(sparse_layers(model))
+    with dense(model) if converted else nullcontext():
+        stage = progress.stage(f"{label}, dense")
+        baseline = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
+    result: dict[str, Any] = {"dense": baseline.to_dict()}
+    if only_dense or not converted:
+        return result
+    with RealisedDensity(model) as counted:
+        stage = progress.stage(f"{label}, sparse")
+        sparse = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
+    ledger = ledger_of(model)
+    realised = ledger.with_densities(counted.densities())
+    return result | {
+        "sparse": sparse.to_dict(),
+        "perplexity_ratio": sparse.perplexity / baseline.perplexity,
+        "nominal_sparsity": ledger.nominal_sparsity,
+        "weighted_sparsity": ledger.weighted_sparsity,
+        "realised_sparsity": realised.weighted_sparsity,
+        "realised_model_sparsity": realised.model_sparsity,
+        "dense_bytes_per_token": ledger.dense_bytes + ledger.rest_bytes,
+        "touched_bytes_per_token": realised.touched_bytes + realised.rest_bytes,
+    }

@@ -1,0 +1,81 @@
+"""The settings of a conversion: every flag of `sparsify convert`, from flags over a YAML file over defaults.
+
+The same document is written into the checkpoint (sparsify.yaml), so a conversion can be repeated from it.
+What belongs to one call only (--config, --dry-run, --format, --save) is not a setting.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from sparsify.errors import SparsifyError
+from sparsify.strict import from_mapping
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What one conversion is made from; None stands for the method's own default, or for the best device."""
+
+    model: str | None = None
+    out: str | None = None
+    method: str = "rsparse"
+    sparsity: float = 0.5
+    rho: int | float | str | None = None
+    score: str | None = None
+    recipe: str | None = None
+    calibration: str = "stdlib:calibration"
+    sequences: int = 32
+    seq_len: int = 512
+    prefill: Literal["sparse", "dense"] = "sparse"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    seed: int = 0
+    eval_windows: int = 8
+    trust_remote_code: bool = False
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Reads a YAML file of settings; raises SparsifyError for anything that is not one."""
+        return cls().updated(_read_mapping(path), source=str(path))
+
+    def updated(self, values: Mapping[str, Any], *, source: str) -> Self:
+        """Returns the settings with these values; an unknown name or a wrong type is refused, naming the source."""
+        # A flag's spelling in a file is a slip that gets the right suggestion, not a second spelling that is read.
+        spelled = {str(name).replace("-", "_"): str(name) for name in values}
+        for field, name in spelled.items():
+            if field != name and field in _names():
+                raise SparsifyError(f"{source}: unknown key {name!r}. Did you mean {field!r}?")
+        return from_mapping(type(self), asdict(self) | dict(values), where=source)
+
+
+def parse_rho(text: str | None) -> float | str | None:
+    """Returns the number in the flag's text; other text ("auto", a mistake) is left for the method to judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(ConvertSettings)]
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SparsifyError(f"cannot read the settings {path}: {error.strerror}; --config takes a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise SparsifyError(f"the settings {path} are not UTF-8 text (byte {error.start})") from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SparsifyError(f"the settings {path} are not YAML: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SparsifyError(f"the settings {path} are a {type(document).__name__}, not `name: value` lines")
+    return document
