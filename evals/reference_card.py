@@ -38,7 +38,7 @@ def xz_bits_per_byte(documents: list[str]) -> float:
 
 
 def input_statistics(model: PreTrainedModel, tokens: Tensor) -> dict[str, tuple[float, float, float]]:
-    """Returns by linear, over tokens [N, S]: largest |x| / rms, kurtosis, and |channel mean| / channel deviation (mean).
+    """Returns by linear, over tokens [N, S]: largest |x| / rms, kurtosis, mean |channel mean| / channel deviation.
 
     A normal input has a kurtosis of 3 and channel means near 0.
     """
@@ -76,15 +76,15 @@ def render(
             "---",
             "# reference",
             "",
-            f"A small Llama ({parameters:,} parameters, bf16) trained on the source of Python's standard library. It is "
-            "the model that sparsify's demo and tests run on: real weights, real activations, nothing to download.",
+            f"A small Llama ({parameters:,} parameters, bf16) trained on the source of Python's standard library. It "
+            "is the model that sparsify's demo and tests run on: real weights, real activations, nothing to download.",
             "",
             "| | |",
             "|---|---|",
             "| architecture | Llama: RMSNorm, SwiGLU, RoPE, grouped-query attention 10/5, tied embeddings, "
             "5 layers, hidden 320, FFN 864, byte-level BPE of 4,096 tokens |",
-            f"| training text | {record['training_modules']:,} modules of CPython {record['python']}'s standard library "
-            f"and its tests, {record['training_bytes']:,} bytes, {record['training_tokens']:,} tokens |",
+            f"| training text | {record['training_modules']:,} modules of CPython {record['python']}'s standard "
+            f"library and its tests, {record['training_bytes']:,} bytes, {record['training_tokens']:,} tokens |",
             f"| held out | {len(EVALUATION_MODULES)} modules for evaluation, others for calibration, and the tests of "
             "all of them: see `sparsify/corpus.py` |",
             f"| training | {record['steps']:,} steps of {record['tokens_per_step']:,} tokens "
@@ -98,8 +98,8 @@ def render(
             "![loss curve](loss.svg)",
             "",
             "Made by `python -m sparsify.reference.train --out DIR`, described by "
-            "`python -m sparsify.evals.reference_card --model DIR`. Another Python version trains on another version of "
-            "the modules.",
+            "`python -m sparsify.evals.reference_card --model DIR`. Another Python version trains on another version "
+            "of the modules.",
             "",
             "## What its activations look like",
             "",
@@ -117,10 +117,10 @@ def render(
             *[line for text in samples.values() for line in ("```python", text.rstrip(), "```", "")],
             "## Limits",
             "",
-            "It knows Python's surface and the standard library's habits, nothing else; its programs look right and are "
-            "not. It fits into a CPU's cache, so speed measured on it says little about large models. At hidden size "
-            "320 half of the weight bytes is far more than it can spare: the same nominal sparsity costs a 7B model "
-            "much less.",
+            "It knows Python's surface and the standard library's habits, nothing else; its programs look right and "
+            "are not. It fits into a CPU's cache, so speed measured on it says little about large models. Half of its "
+            "weight bytes is more than a model of hidden size 320 can spare: published losses of 7B models at the same "
+            "sparsity are far smaller.",
             "",
         ]
     )
