@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.errors import SparsifyError
 from sparsify.evals.perplexity import check_context
-from sparsify.runtime import dense, switch_of
+from sparsify.runtime import dense, sparse_layers, switch_of
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,22 @@ class Continuation:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Both continuations; agreement is the number of tokens before they first differ."""
+    """Both continuations; agreement is the number of tokens before they first differ. A dense model has one side."""
 
     prompt: str
     prompt_tokens: int
     dense: Continuation
-    sparse: Continuation
-    agreement: int
+    sparse: Continuation | None
+    agreement: int | None
     temperature: float
     seed: int
-    prefill: str
+    prefill: str | None
 
     def to_dict(self) -> dict[str, Any]:
         result = asdict(self)
         for name, run in (("dense", self.dense), ("sparse", self.sparse)):
-            result[name]["tokens_per_second"] = run.tokens_per_second
+            if run is not None:
+                result[name]["tokens_per_second"] = run.tokens_per_second
         return result
 
 
@@ -61,11 +62,11 @@ def side_by_side(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> SideBySide:
-    """Continues the prompt with the converted model run dense, then sparse. temperature 0 is greedy.
+    """Continues the prompt with the model run dense, then sparse; a dense model alone. temperature 0 is greedy.
 
-    Raises SparsifyError for a model that is not converted, an empty prompt, a bad setting, or too long a sequence.
+    Raises SparsifyError for an empty prompt, a bad setting, or a sequence longer than the model's positions.
     """
-    prefill = switch_of(model).prefill
+    converted = bool(sparse_layers(model))
     _check(max_new_tokens, temperature, top_p)
     encoded = tokenizer(prompt, return_tensors="pt")
     ids = encoded["input_ids"].to(model.device)
@@ -77,9 +78,17 @@ def side_by_side(
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings["pad_token_id"] = pad if pad is not None else 0
-    runs = [_continue(model, tokenizer, ids, settings, seed, run_dense=mode) for mode in (True, False)]
+    first = _continue(model, tokenizer, ids, settings, seed, run_dense=True)
+    second = _continue(model, tokenizer, ids, settings, seed, run_dense=False) if converted else None
     return SideBySide(
-        prompt, ids.shape[1], runs[0], runs[1], agreement(runs[0].tokens, runs[1].tokens), temperature, seed, prefill
+        prompt=prompt,
+        prompt_tokens=ids.shape[1],
+        dense=first,
+        sparse=second,
+        agreement=agreement(first.tokens, second.tokens) if second else None,
+        temperature=temperature,
+        seed=seed,
+        prefill=switch_of(model).prefill if converted else None,
     )
 
 
