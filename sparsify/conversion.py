@@ -160,7 +160,7 @@ def _fit_candidate(
         )
     if not candidate.rank or linear.spectrum is None:
         return _Fit(candidate, threshold, None, None)
-    lr_a, lr_b = linear.spectrum.truncated(candidate.rank, linear.weight.dtype)
+    lr_a, lr_b = linear.spectrum.truncated(candidate.rank)
     return _Fit(candidate, threshold, lr_a, lr_b)
 
 
