@@ -29,7 +29,7 @@ class LowRank:
 
 
 def low_rank(weight: Tensor, rank: int) -> LowRank:
-    """Decomposes weight [O, I] = U S Vᵀ in fp64; √S goes to each side, so that both round equally well, and only once."""
+    """Decomposes weight [O, I] = U S Vᵀ in fp64; √S goes to each side, so that both round equally well."""
     u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     root = s[:rank].sqrt()
     return LowRank((root[:, None] * vh[:rank]).to(weight.dtype), (u[:, :rank] * root).to(weight.dtype), s)
