@@ -53,10 +53,11 @@ def _head(cells: list[Cell]) -> Iterator[str]:
     for cell in cells:
         if cell["key"]["method"] == "dense":
             quality = _quality(cell)
+            bos = "BOS first" if key["bos"] else "no BOS"
             yield (
                 f"Dense: perplexity {quality['perplexity']:.4f}, {quality['bits_per_byte']:.4f} bits per byte, on "
                 f"{quality['tokens']:,} tokens ({quality['bytes']:,} bytes) of {key['text']} in {key['windows']} "
-                f"windows of {key['seq_len']} tokens{', BOS first' if key['bos'] else ', no BOS'}, stride {key['stride']}. "
+                f"windows of {key['seq_len']} tokens, {bos}, stride {key['stride']}. "
                 f"Scored: {quality['scored']}. Dtype {quality['dtype']}."
             )
     yield (
