@@ -7,22 +7,12 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 DEMO := demo
-SPARSE := $(DEMO)/reference-rsparse-50
-# Prints a command as a user would type it, then runs it with .venv first on the path.
-define show
-@printf '\n$$ %s\n' '$(1)'
-@PATH="$(abspath $(BIN)):$$PATH" $(1)
-endef
 
 .PHONY: demo test lint types pytest wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(RUNTIME)
-	@rm -rf $(DEMO) && mkdir $(DEMO)
-	$(call show,sparsify convert reference --method rsparse --sparsity 0.5 --out $(SPARSE))
-	$(call show,sparsify eval $(SPARSE) --save $(DEMO)/eval.json)
-	$(call show,sparsify generate $(SPARSE) --prompt "def read_lines(path):")
-	$(call show,sparsify bench $(SPARSE) --save $(DEMO)/bench.json)
+	@$(BIN)/python -m sparsify.cli.demo $(DEMO)
 
 test: lint types pytest
 
