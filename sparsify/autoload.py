@@ -33,6 +33,9 @@ def _importing(module: ModuleType) -> bool:
 
 
 def _register() -> None:
+    plugin = sys.modules.get("sparsify.plugin")
+    if plugin is not None and _importing(plugin):
+        return  # it registers at its end
     try:
         from sparsify.plugin import register
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from sparsify.errors import CheckpointError, SparsifyError, UnavailableError
 from sparsify.ledger import Ledger, ledger_of
 from sparsify.manifest import check_manifest, write_manifest
 from sparsify.models import hub_errors, load_dense, parse_dtype, quiet
+from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_index
 from sparsify.runtime import set_prefill, sparse_layers
 
@@ -78,10 +80,11 @@ def load(
     from_pretrained. Raises CheckpointError for a folder that is not a sound checkpoint, before weights are read.
     """
     folder = Path(folder)
-    if dense:
-        return load_dense(str(folder), dtype=dtype, device=device)
     read_config(folder)
     check_index(folder)
+    if dense:
+        return load_dense(str(folder), dtype=dtype, device=device)
+    register()
     wanted = parse_dtype(dtype)
     with hub_errors(str(folder), str(folder)), quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **options)
@@ -159,10 +162,6 @@ def check_output(out: Path) -> None:
 
 
 def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
-    import torch
-
-    from sparsify.plugin import add_sparse_layers
-
     files = check_index(folder)
     with hub_errors(str(folder), str(folder)):
         skeleton = AutoConfig.from_pretrained(folder)
@@ -170,7 +169,7 @@ def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(skeleton)  # type: ignore[no-untyped-call]
     add_sparse_layers(model, config)
-    check_files([str(file) for file in files], sparse_layers(model))
+    check_files([str(file) for file in files], model)
 
 
 def _write(

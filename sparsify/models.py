@@ -15,10 +15,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsify.errors import SparsifyError, UnavailableError, suggest
+from sparsify.errors import CheckpointError, SparsifyError, UnavailableError, suggest
+from sparsify.preflight import INDEX, check_index
 
 REFERENCE = "reference"
 
@@ -43,6 +46,12 @@ ALIASES = {
     "tinyllama-1.1b": "TinyLlama/TinyLlama_v1.1",
     "olmo-2-7b": "allenai/OLMo-2-1124-7B",
 }
+
+# What transformers raises for a config.json and weights that do not fit each other.
+_LOAD_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+    HfHubHTTPError, HFValidationError, StrictDataclassError, SafetensorError,
+)  # fmt: skip
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -101,8 +110,16 @@ def load_dense(
                 raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
             # Added tensors are then unexpected ones, which transformers leaves out.
             del config.quantization_config
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, trust_remote_code=trust_remote_code
+        if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
+            check_index(Path(source))
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    model, info = found
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
+            f"{type(model).__name__}; download it again"
         )
     loaded: PreTrainedModel = _to(model, device).eval()
     return loaded
@@ -123,7 +140,12 @@ def hub_errors(spec: str, source: str) -> Iterator[None]:
         yield
     except SparsifyError:
         raise
-    except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError, ImportError) as problem:
+    except (MemoryError, torch.OutOfMemoryError) as problem:
+        raise UnavailableError(
+            f"not enough memory to load {spec}: {_first_line(problem)}; try --dtype bfloat16, another --device, or a "
+            "machine with more"
+        ) from problem
+    except _LOAD_ERRORS as problem:
         raise _explain(spec, source, problem) from problem
 
 

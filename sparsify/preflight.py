@@ -4,30 +4,40 @@ Only headers and the small tensors that sparsify added are read. Not covered: bi
 manifest's SHA-256 finds (`sparsify verify`).
 """
 
+from __future__ import annotations
+
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsify.errors import CheckpointError
 from sparsify.linear import SparseConv1D, SparseLinear
+from sparsify.runtime import sparse_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADDED = ("threshold", "scale", "lr_a", "lr_b")
 INDEX = "model.safetensors.index.json"
 
 
-def check_files(files: Sequence[str], layers: Mapping[str, SparseLinear | SparseConv1D]) -> None:
-    """Checks the safetensors files against the sparse layers of the model skeleton.
+def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
+    """Checks the safetensors files against a model skeleton that has its sparse layers.
 
     Raises CheckpointError for a file outside the checkpoint's folder, an unreadable header, a missing, doubled,
     misshapen or unexpected tensor, a wrong dtype, and for thresholds, scales or factors that are not finite.
     """
     paths = [Path(file) for file in files]
-    check_places(paths)
+    source = model.config.name_or_path
+    check_places(paths, Path(source) if source and Path(source).is_dir() else None)
     owners = _owners(paths)
+    layers = sparse_layers(model)
     for name, layer in layers.items():
         _check_layer(name, layer, owners)
     expected = {f"{name}.{added}" for name in layers for added in ADDED}
@@ -35,15 +45,34 @@ def check_files(files: Sequence[str], layers: Mapping[str, SparseLinear | Sparse
         base, _, last = tensor.rpartition(".")
         if last in ADDED and (tensor not in expected or layers[base]._buffers[last] is None):
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
+    known = set(model.state_dict())
+    # Names that transformers translates while it reads them cannot be compared: check_loaded sees what is missing then.
+    if known.issuperset(owners):
+        _refuse_missing(model, [name for name in known if name not in owners])
 
 
-def check_places(paths: Sequence[Path]) -> None:
-    """Refuses files that do not lie side by side in one folder: an index can point anywhere."""
+def check_loaded(model: PreTrainedModel) -> None:
+    """Raises CheckpointError for a tensor that from_pretrained did not find and initialised at random."""
+    tensors = model.state_dict(keep_vars=True)
+    # transformers marks what it read or tied; on the meta device is what is offloaded to disk.
+    _refuse_missing(
+        model, [n for n, t in tensors.items() if not t.is_meta and not getattr(t, "_is_hf_initialized", False)]
+    )
+
+
+def check_places(paths: Sequence[Path], folder: Path | None) -> None:
+    """Refuses files outside the checkpoint's local folder, or not side by side: an index can point anywhere.
+
+    Links may leave the folder for the blobs of the hub's cache only.
+    """
     for path in paths:
-        if ".." in path.parts or path.parent != paths[0].parent:
-            raise CheckpointError(f"the checkpoint's index points to {path}, which is outside of its folder: refused")
+        inside = path.parent == paths[0].parent if folder is None else _inside(path, folder)
+        if not inside or _link_leaves(path):
+            raise CheckpointError(f"the checkpoint's weights lie in {path}, which is outside of its folder: refused")
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path.name} is not a safetensors file: sparsify reads no other format")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing or not a file: the checkpoint is incomplete")
 
 
 def check_index(folder: Path) -> list[Path]:
@@ -51,12 +80,13 @@ def check_index(folder: Path) -> list[Path]:
 
     Raises CheckpointError where one is missing or an index entry is not a plain file name.
     """
-    index = folder / INDEX
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}: it holds no weights to load")
+    index, single = folder / INDEX, folder / "model.safetensors"
+    # The order in which transformers looks for them.
+    if single.is_file():
+        check_places([single], folder)
         return [single]
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}: it holds no weights to load")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
@@ -67,7 +97,31 @@ def check_index(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} points to {name!r}, which is not a file name inside its folder: refused")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is missing: the checkpoint is incomplete")
-    return [folder / name for name in names]
+    paths = [folder / name for name in names]
+    check_places(paths, folder)
+    return paths
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def _link_leaves(path: Path) -> bool:
+    if not path.is_symlink():
+        return False
+    target, folder = path.resolve(), path.parent.resolve()
+    cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parents[1] / "blobs")
+    return not (cached or target.is_relative_to(folder))
+
+
+def _refuse_missing(model: PreTrainedModel, names: Sequence[str]) -> None:
+    ignored = [*(model._keys_to_ignore_on_load_missing or ()), *map(re.escape, model.all_tied_weights_keys)]
+    missing = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"the checkpoint has no {missing[0]!r}{more}: it is incomplete, convert or download it again"
+        )
 
 
 def _owners(paths: Sequence[Path]) -> dict[str, Any]:
