@@ -12,7 +12,8 @@ import sysconfig
 from pathlib import Path
 from typing import Literal
 
-Split = Literal["training", "calibration", "evaluation"]
+# "library" is the part of "training" that is not tests.
+Split = Literal["training", "library", "calibration", "evaluation"]
 
 # Modules that exist from Python 3.11 on, of several subjects and styles in each list.
 EVALUATION_MODULES = (
@@ -49,6 +50,8 @@ CALIBRATION_MODULES = (
     "subprocess.py",
 )
 
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+
 # Not training text: installed packages, caches, tables of characters, and files that are broken on purpose.
 _NOT_TRAINING_FOLDERS = (
     "site-packages/",
@@ -65,8 +68,10 @@ def standard_library_text(split: Split) -> list[str]:
     Raises ValueError where the running interpreter carries no standard library sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    if split == "training":
+    if split in ("training", "library"):
         paths = _training_paths(root)
+        if split == "library":
+            paths = [path for path in paths if not _TEST_FOLDERS.intersection(path.relative_to(root).parts)]
     else:
         names = CALIBRATION_MODULES if split == "calibration" else EVALUATION_MODULES
         paths = [root / name for name in names if (root / name).is_file()]
