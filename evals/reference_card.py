@@ -87,9 +87,10 @@ def render(
             f"library and its tests, {record['training_bytes']:,} bytes, {record['training_tokens']:,} tokens |",
             f"| held out | {len(EVALUATION_MODULES)} modules for evaluation, others for calibration, and the tests of "
             "all of them: see `sparsify/corpus.py` |",
-            f"| training | {record['steps']:,} steps of {record['tokens_per_step']:,} tokens "
-            f"({record['steps'] * record['tokens_per_step'] / 1e6:.1f} M), AdamW, peak rate "
-            f"{record['learning_rate']}, last third decaying, bf16 autocast, torch {record['torch']} on a CPU |",
+            f"| training | {record['steps']:,} steps of {record['tokens_per_step']:,} tokens at a constant rate of "
+            f"{record['learning_rate']}, then {record['decay_steps']:,} with a linearly falling rate on the "
+            f"{record['library_tokens']:,} tokens that are not tests; {_tokens_seen(record) / 1e6:.1f} M tokens in all, "
+            f"AdamW, bf16 autocast, torch {record['torch']} |",
             f"| perplexity on the evaluation modules | {result.perplexity:.2f} per token "
             f"({result.tokens:,} tokens, windows of {result.seq_len}, BOS first) |",
             f"| bits per byte | **{result.bits_per_byte:.3f}** ; `xz -9` on the same text as one stream: {xz:.3f} "
@@ -124,6 +125,10 @@ def render(
             "",
         ]
     )
+
+
+def _tokens_seen(record: Mapping[str, Any]) -> int:
+    return int((record["steps"] + record["decay_steps"]) * record["tokens_per_step"])
 
 
 def continue_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
