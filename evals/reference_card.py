@@ -89,7 +89,7 @@ def render(
             "all of them: see `sparsify/corpus.py` |",
             f"| training | {record['steps']:,} steps of {record['tokens_per_step']:,} tokens at a constant rate of "
             f"{record['learning_rate']}, then {record['decay_steps']:,} with a linearly falling rate on the "
-            f"{record['library_tokens']:,} tokens that are not tests; {_tokens_seen(record) / 1e6:.1f} M tokens in all, "
+            f"{record['library_tokens']:,} tokens that are not tests; {_tokens_seen(record) / 1e6:.1f} M tokens seen, "
             f"AdamW, bf16 autocast, torch {record['torch']} |",
             f"| perplexity on the evaluation modules | {result.perplexity:.2f} per token "
             f"({result.tokens:,} tokens, windows of {result.seq_len}, BOS first) |",
