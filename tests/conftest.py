@@ -1,5 +1,6 @@
 """Settings and fixtures of every test: offline, few threads, uninitialised memory that cannot pass for a result."""
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ for _name, _value in {
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from sparsify.calibration import Calibration
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,3 +55,65 @@ def poisoned_memory() -> Iterator[None]:
 def seeded() -> None:
     """Starts every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random bf16 Llama of two layers and a tokenizer of bytes; to be read only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(names), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sparse(tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_dense converted with R-Sparse at 50%, with scales and ranks; to be read only."""
+    import sparsify
+
+    model = sparsify.load_dense(str(tiny_dense))
+    torch.manual_seed(0)
+    calibration = sparsify.Calibration(torch.randint(model.config.vocab_size, (4, 32)), "random tokens")
+    sparsify.convert(model, sparsify.RSparse(sparsity=0.5, rho=0.8), calibration)
+    out = tmp_path_factory.mktemp("models") / "sparse"
+    return sparsify.save(model, out, sparsify.load_tokenizer(str(tiny_dense)), settings={"method": "rsparse"})
+
+
+@pytest.fixture(scope="session")
+def _tiny_llama() -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # Wide enough to matter: what is dropped must show in the logits.
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.15 * noise) if parameter.dim() > 1 else parameter.add_(0.1 * noise)
+    return model
+
+
+@pytest.fixture
+def tiny_llama(_tiny_llama: PreTrainedModel) -> PreTrainedModel:
+    """A random dense Llama with grouped-query attention, 2 blocks of width 64, in fp32; each test has its own."""
+    return copy.deepcopy(_tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration() -> Calibration:
+    """Random tokens of tiny_llama's vocabulary, [4, 48]: as many windows as candidates are compared on."""
+    return Calibration(torch.randint(3, 128, (4, 48), generator=torch.Generator().manual_seed(2)), "random tokens")
