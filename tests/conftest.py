@@ -7,12 +7,13 @@ from pathlib import Path
 
 # Before anything imports torch or transformers, and inherited by the processes that tests start.
 _NO_GPU = not Path("/dev/nvidiactl").exists()
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "2",
-    "MKL_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": _THREADS,
+    "MKL_NUM_THREADS": _THREADS,
     # Without a GPU, Triton kernels run in its interpreter.
     **({"TRITON_INTERPRET": "1"} if _NO_GPU else {}),
 }.items():
