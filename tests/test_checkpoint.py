@@ -231,9 +231,8 @@ class TestKillsAndFullDisks:
         points = sorted({*range(1, count, max(count // 8, 1)), *range(count - 6, count + 1)})
         for point in points:
             out = tmp_path / f"out-{point}"
-            status, said = _in_child(
-                lambda out=out, point=point: _count_events(lambda: sparsify.save(model, out), point)
-            )
+            save = functools.partial(sparsify.save, model, out)
+            status, said = _in_child(functools.partial(_count_events, save, point))
             assert os.WIFSIGNALED(status), said
             assert os.WTERMSIG(status) == signal.SIGKILL
             # The last event is after the rename: there, and only there, it may be whole.
