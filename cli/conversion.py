@@ -101,6 +101,9 @@ def _read_texts(
     from sparsify.models import load_tokenizer
     from sparsify.text import default_evaluation_text, read_text, windows
 
+    for name, least in (("sequences", 1), ("eval_windows", 0)):
+        if getattr(settings, name) < least:
+            raise SparsifyError(f"{name} is {getattr(settings, name)}: it must be at least {least}")
     text = read_text(settings.calibration)
     tokenizer = load_tokenizer(spec, trust_remote_code=settings.trust_remote_code)
     calibration = Calibration.from_text(text, tokenizer, sequences=settings.sequences, seq_len=settings.seq_len)

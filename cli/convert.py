@@ -24,7 +24,8 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     model: Annotated[
-        str | None, typer.Argument(help="A folder, a hub id, an alias such as llama-3-8b, or reference.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A folder, a hub id, an alias such as llama-3-8b, or reference."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; it must not exist.", metavar="DIR")] = None,
     method: Annotated[str | None, typer.Option(help="See `sparsify methods`.", show_default=_DEFAULTS.method)] = None,
@@ -53,7 +54,7 @@ def convert(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to calibrate on: a .txt or .jsonl file, hf:DATASET[:CONFIG[:SPLIT[:FIELD]]], wikitext2 or "
+            help="Text to calibrate on: a .txt or .jsonl file, hf:DATASET:CONFIG:SPLIT, wikitext2 or "
             "stdlib:calibration.",
             metavar="TEXT",
             show_default=_DEFAULTS.calibration,
@@ -71,10 +72,12 @@ def convert(
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
-        typer.Option(help="auto keeps the model's own.", show_default=_DEFAULTS.dtype),
+        typer.Option(
+            help="auto (the model's own), float32, bfloat16 or float16.", metavar="DTYPE", show_default=_DEFAULTS.dtype
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where to convert, such as cpu or cuda:0.", show_default="cuda if there, or cpu")
+        str | None, typer.Option(help="Where to convert, such as cpu or cuda:0.", show_default="a GPU if there is one")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="For whatever is random.", show_default=str(_DEFAULTS.seed))] = None,
     eval_windows: Annotated[

@@ -25,13 +25,13 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Converted checkpoints, or dense models.", show_default=False),
+        typer.Argument(metavar="MODEL", help="Converted checkpoints, or dense models.", show_default=False),
     ],
     dense: Annotated[bool, typer.Option("--dense", help="Only the dense side.")] = False,
     text: Annotated[
         str | None,
         typer.Option(
-            help="A .txt or .jsonl file, hf:DATASET[:CONFIG[:SPLIT[:FIELD]]], wikitext2 or stdlib:evaluation.",
+            help="A .txt or .jsonl file, hf:DATASET:CONFIG:SPLIT, wikitext2 or stdlib:evaluation.",
             show_default="wikitext2; stdlib:evaluation for reference or where the hub is out of reach",
         ),
     ] = None,

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="auto is as the weights are stored."),
+    typer.Option("--dtype", metavar="DTYPE", help="auto (as stored), float32, bfloat16 or float16."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="Such as cpu or cuda:0.", show_default="cuda if there, or cpu")
+    str | None, typer.Option("--device", help="Such as cpu or cuda:0.", show_default="a GPU if there is one")
 ]
 BackendOption = Annotated[
     str | None, typer.Option("--backend", help="The kernels to use; see `sparsify doctor`.", show_default="the fastest")

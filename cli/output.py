@@ -98,11 +98,10 @@ def byte_count(value: float | None) -> str:
         return "-"
     if value < 999.5:
         return f"{value:.0f} B"
-    unit = ""
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.5:
-            break
+    power = 1
+    while value >= 999.5 * 1000**power and power < 4:
+        power += 1
+    value, unit = value / 1000**power, ("kB", "MB", "GB", "TB")[power - 1]
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
 
