@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.errors import CheckpointError, SparsifyError, UnavailableError, suggest
+from sparsify.hub import hub_problem, is_cached
 from sparsify.preflight import INDEX, check_index
 
 REFERENCE = "reference"
@@ -52,6 +53,11 @@ _LOAD_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
     HfHubHTTPError, HFValidationError, StrictDataclassError, SafetensorError,
 )  # fmt: skip
+
+_NOT_CACHED = (
+    "is not in the local cache: check the network and HF_HUB_OFFLINE, or download it elsewhere with `hf download` "
+    "and give the folder"
+)
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -104,7 +110,8 @@ def load_dense(
     source = resolve_model(spec)
     wanted = parse_dtype(dtype)
     with hub_errors(spec, source), quiet():
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
+        config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "quantization_config", None) is not None:
             if config.quantization_config.get("quant_method") != "sparsify":
                 raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
@@ -113,7 +120,7 @@ def load_dense(
         if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
             check_index(Path(source))
         found: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, trust_remote_code=trust_remote_code, output_loading_info=True
+            source, config=config, dtype=wanted, output_loading_info=True, **options
         )
     model, info = found
     if missing := sorted(info["missing_keys"]):
@@ -129,8 +136,20 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """Loads the model's tokenizer. Raises as load_dense does."""
     source = resolve_model(spec)
     with hub_errors(spec, source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=_only_cached(source)
+        )
     return tokenizer
+
+
+def _only_cached(source: str) -> bool:
+    """Whether to look no further than the local cache. Raises UnavailableError where that holds nothing either."""
+    if Path(source).is_dir():
+        return False
+    problem = hub_problem()
+    if problem and not is_cached(source):
+        raise UnavailableError(f"the hub was not reached ({problem}) and {source} {_NOT_CACHED}")
+    return problem is not None
 
 
 @contextmanager
@@ -160,10 +179,7 @@ def _explain(spec: str, source: str, problem: BaseException) -> SparsifyError:
     if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for cause in causes) or (
         "offline" in str(problem).lower() or "connect" in str(problem).lower()
     ):
-        return UnavailableError(
-            f"the hub was not reached and {source} is not in the local cache: check the network and HF_HUB_OFFLINE, "
-            "or download it elsewhere with `hf download` and give the folder"
-        )
+        return UnavailableError(f"the hub was not reached and {source} {_NOT_CACHED}")
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return SparsifyError(
             f"{source} is not on the hub, or not visible without a login: check the name; "
@@ -182,8 +198,8 @@ def _causes(problem: BaseException) -> list[BaseException]:
 
 
 def _first_line(problem: BaseException) -> str:
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _to(model: Any, device: str | None) -> Any:

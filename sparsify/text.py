@@ -6,9 +6,6 @@ Not covered: which split a result should be reported on; chat templates; images 
 
 import hashlib
 import json
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.corpus import Split, standard_library_text
 from sparsify.errors import SparsifyError, UnavailableError, suggest
+from sparsify.hub import hub_problem
 
 WIKITEXT2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
 TEXT_FIELDS = ("text", "story", "content")
@@ -294,7 +292,10 @@ def _hub_rows(spec: str) -> list[str]:
         raise UnavailableError(
             f"{spec!r} needs the datasets package: pip install datasets, or use a text file or stdlib:evaluation"
         ) from error
-    _check_hub(spec)
+    if problem := hub_problem():
+        raise UnavailableError(
+            f"{spec!r} cannot be loaded, the Hugging Face hub is unreachable ({problem}). {_HUB_ADVICE}"
+        )
     try:
         rows = datasets.load_dataset(dataset, config or None, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
@@ -313,23 +314,3 @@ def _hub_rows(spec: str) -> list[str]:
 _HUB_ADVICE = (
     "Check the network; with a copy in the cache set HF_HUB_OFFLINE=1; or give a text file or stdlib:evaluation"
 )
-
-
-def _check_hub(spec: str) -> None:
-    """Raises UnavailableError where the hub does not answer: datasets itself would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=5).close()
-    except urllib.error.HTTPError:
-        return  # It answered.
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        # A certificate of one's own is set up for datasets in other ways than for urllib: let it try.
-        if not isinstance(reason, ssl.SSLError):
-            raise UnavailableError(
-                f"{spec!r} cannot be loaded, the Hugging Face hub is unreachable ({reason}). {_HUB_ADVICE}"
-            ) from error
