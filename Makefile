@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer with venv: the first run makes .venv and installs into it.
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# Two processes of one thread each; a file's tests stay together and share what they build.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 # One stamp for each set of packages: an install runs again only when what it was made from changes.

@@ -109,8 +109,8 @@ def test_entry_point_takes_milliseconds() -> None:
     done = _python(
         "import os, time, torch, sparsify_autoload",
         "del os.environ['SPARSIFY_AUTOLOAD']",
-        "start = time.perf_counter(); sparsify_autoload.install(); print(time.perf_counter() - start)",
+        "start = time.process_time(); sparsify_autoload.install(); print(time.process_time() - start)",
         SPARSIFY_AUTOLOAD="0",
     )
-    # A few milliseconds on an idle machine; the bound leaves room for one that is not.
+    # Seconds of CPU, a few thousandths here; the bound leaves room for slow machines.
     assert float(done.stdout) < 0.2
