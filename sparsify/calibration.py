@@ -22,6 +22,7 @@ Progress = Callable[[str, int, int], None]
 # and no range has to be known before the first batch.
 _SHIFT = 15
 _BINS = 1 << 16
+_INFINITY = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class ScoreHistogram:
         bits = scores.detach().float().abs().contiguous().view(torch.int32) >> _SHIFT
         self.counts += torch.bincount(bits.flatten(), minlength=_BINS).cpu()
 
+    @property
+    def finite(self) -> bool:
+        """Whether no score was infinite or NaN."""
+        return not bool(self.counts[_INFINITY >> _SHIFT :].any())
+
     def threshold(self, density: float) -> float:
         """Returns t such that a share `density` of the scores is > t, linear inside a bin; -1 where all are kept."""
         total = int(self.counts.sum())
@@ -96,7 +102,7 @@ class ScoreHistogram:
 
 def _edge(index: int) -> float:
     # The bins above infinity's hold NaN: their edge is one past the last.
-    return float(torch.tensor(min(index << _SHIFT, 0x7F800000), dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(min(index << _SHIFT, _INFINITY), dtype=torch.int32).view(torch.float32))
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from sparsify.manifest import check_manifest, write_manifest
 from sparsify.models import hub_errors, load_dense, parse_dtype, quiet
 from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_index
-from sparsify.runtime import set_prefill, sparse_layers
+from sparsify.runtime import set_prefill, sparse_layers, switch_of
+from sparsify.strict import read_json
 
 LEDGER = "sparsify_ledger.json"
 SETTINGS = "sparsify.yaml"
@@ -101,9 +102,9 @@ def load(
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether the folder's config.json says that sparsify wrote it."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / "config.json")
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+    except (SparsifyError, LookupError, TypeError):
         return False
 
 
@@ -113,11 +114,10 @@ def read_config(folder: str | Path) -> SparsifyConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        section = config.get("quantization_config")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as problem:
-        raise CheckpointError(f"{path} cannot be read: {problem}") from None
+    config = read_json(path, error=CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds a {type(config).__name__}, not a mapping")
+    section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not a sparsify checkpoint: convert it first with `sparsify convert`")
     parsed: SparsifyConfig = SparsifyConfig.from_dict(section)
@@ -127,12 +127,9 @@ def read_config(folder: str | Path) -> SparsifyConfig:
 def read_ledger(folder: str | Path) -> Ledger:
     """Returns the folder's ledger. Raises CheckpointError where it is missing or not one."""
     path = Path(folder) / LEDGER
-    try:
-        return Ledger.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {LEDGER}: it was not written by `sparsify convert`") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise CheckpointError(f"{path} cannot be read: {problem}") from None
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {LEDGER}: it was not written by `sparsify convert`")
+    return Ledger.from_dict(read_json(path, error=CheckpointError))
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -150,7 +147,7 @@ def verify(folder: str | Path) -> list[str]:
         ledger = read_ledger(folder)
         if {linear.name for linear in ledger.linears} != set(config.linears):
             problems.append(f"{LEDGER}: its linears are not those of config.json")
-    except CheckpointError as problem:
+    except SparsifyError as problem:
         problems.append(str(problem))
     return problems
 
@@ -180,12 +177,14 @@ def _write(
     settings: Mapping[str, Any],
     measured: Mapping[str, Mapping[str, Any]] | None,
 ) -> None:
+    config = model.config.quantization_config
+    assert isinstance(config, SparsifyConfig)
+    # The checkpoint runs prompts as the model does now.
+    config.prefill = switch_of(model).prefill
     with quiet():
         model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    config = model.config.quantization_config
-    assert isinstance(config, SparsifyConfig)
     ledger = ledger_of(model)
     card = render_card(config, ledger, source=source, measured=measured)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -6,6 +6,7 @@ pass over a part of it measures every candidate's output error, and each linear 
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ def convert(
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
     """
     _refuse_converted(model)
+    _check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
     linears = _prepare(model, method, targets)
     fits = _fit(model, linears, calibration, progress)
@@ -80,6 +82,23 @@ def _refuse_converted(model: PreTrainedModel) -> None:
         raise SparsifyError("this model is converted already: convert the dense model it was made from")
     if getattr(model, "is_quantized", False):
         raise SparsifyError("this model is quantised: sparsify converts models with floating-point weights")
+
+
+def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < rows:
+            raise SparsifyError(
+                f"the calibration holds token id {token}, outside this model's vocabulary of {rows}: "
+                "it was made with another model's tokenizer"
+            )
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(positions, int) and tokens.shape[1] > positions:
+        raise SparsifyError(
+            f"calibration windows of {tokens.shape[1]} tokens are more than this model's {positions} positions: "
+            "use a shorter --seq-len"
+        )
 
 
 def _prepare(model: PreTrainedModel, method: Method, targets: Targets) -> dict[str, _Linear]:
@@ -152,8 +171,9 @@ def _histogram_key(name: str, linear: _Linear, score: Score) -> tuple[Score, str
 def _fit_candidate(
     name: str, linear: _Linear, candidate: Candidate, histograms: Mapping[tuple[Score, str], ScoreHistogram]
 ) -> _Fit:
-    threshold = histograms[_histogram_key(name, linear, candidate.score)].threshold(candidate.density)
-    if not torch.tensor(threshold).isfinite():
+    histogram = histograms[_histogram_key(name, linear, candidate.score)]
+    threshold = histogram.threshold(candidate.density)
+    if not histogram.finite:
         raise SparsifyError(
             f"the inputs of {name} are not finite on the calibration text, so no threshold can be fitted: "
             "check the model in this dtype, or load it in another (--dtype)"

@@ -42,6 +42,7 @@ class _SparseLayer(nn.Module):
     lr_b: Tensor | None
     switch: SparsitySwitch
     backend: Backend
+    backend_name: str | None
 
     def _add_buffers(self, inputs: int, outputs: int, *, scaled: bool, rank: int, switch: SparsitySwitch) -> None:
         like = self.weight
@@ -57,12 +58,20 @@ class _SparseLayer(nn.Module):
         self.bind()
 
     def bind(self, name: str | None = None) -> None:
-        """Chooses the backend for the device, dtype and shape of now, and lays the weight out as it wants it."""
+        """Chooses the backend for the device, dtype and shape of now, and lays the weight out as it wants it.
+
+        A name holds through later casts and moves, until the next bind.
+        """
         weight = self.tensors().weight
         outputs, inputs = weight.shape
         self.backend = select_backend(weight.device, weight.dtype, inputs, outputs, name=name)
-        if self.backend.channel_contiguous and weight.device.type != "meta" and not weight.t().is_contiguous():
+        self.backend_name = name
+        if weight.device.type == "meta":
+            return
+        if self.backend.channel_contiguous and not weight.t().is_contiguous():
             self.weight.data = self.weight.data.t().contiguous().t()
+        elif not self.backend.channel_contiguous and not self.weight.is_contiguous():
+            self.weight.data = self.weight.data.contiguous()
 
     def tensors(self) -> SparseTensors:
         return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
@@ -75,7 +84,7 @@ class _SparseLayer(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != torch.float32:
                 self._buffers[name] = torch.empty_like(new, dtype=torch.float32) if old.is_meta else old.to(new.device)
-        self.bind()
+        self.bind(self.backend_name)
         return self
 
 

@@ -7,6 +7,7 @@ least output error on calibration text, linear by linear, at equal bytes. Not co
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,10 @@ def read_recipe(path: str, names: list[str]) -> Recipe:
     if file.suffix in (".json", ".yaml", ".yml"):
         return _read_mapping(file)
     try:
-        values = np.loadtxt(file, dtype=np.float64).ravel().tolist()
+        with warnings.catch_warnings():
+            # An empty file: the count below says so.
+            warnings.simplefilter("ignore", UserWarning)
+            values = np.loadtxt(file, dtype=np.float64).ravel().tolist()
     except ValueError as problem:
         raise SparsifyError(f"recipe {path} is not a list of numbers: {problem}") from None
     if len(values) != 2 * len(names):
@@ -134,7 +138,9 @@ def _read_mapping(file: Path) -> Recipe:
 def _checked_recipe(recipe: Recipe, names: list[str]) -> Recipe:
     for name, entry in recipe.items():
         if name not in names:
-            raise SparsifyError(f"the recipe names {name!r}, which this model does not have.{suggest(name, names)}")
+            raise SparsifyError(
+                f"the recipe names {name!r}, which this model does not have.{suggest(str(name), names)}"
+            )
         if not isinstance(entry, Mapping) or set(entry) != {"sparsity", "rho"}:
             raise SparsifyError(f"the recipe must give {name} exactly 'sparsity' and 'rho', found {entry!r}")
         check_share(f"sparsity of {name} in the recipe", entry["sparsity"], one_allowed=False)
