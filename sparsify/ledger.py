@@ -114,7 +114,7 @@ class Ledger:
                 int(data["rest_bytes_per_token"]),
                 tuple(map(str, data["left_dense"])),
             )
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise CheckpointError(f"the ledger is not one that sparsify wrote: {problem}") from None
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from sparsify.errors import CheckpointError
+from sparsify.strict import read_json
 
 MANIFEST = "sparsify_manifest.json"
 
@@ -26,11 +27,11 @@ def check_manifest(folder: Path) -> list[str]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: `sparsify convert` did not write it, or not to its end")
+    data = read_json(path, error=CheckpointError)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         recorded = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
         version = data["version"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as problem:
         raise CheckpointError(f"{path} cannot be read ({type(problem).__name__}: {problem})") from None
     if version != 1:
         raise CheckpointError(f"{path} has version {version!r}, this sparsify reads 1")

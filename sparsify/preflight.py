@@ -6,7 +6,6 @@ manifest's SHA-256 finds (`sparsify verify`).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from sparsify.errors import CheckpointError
 from sparsify.linear import SparseConv1D, SparseLinear
 from sparsify.runtime import sparse_layers
+from sparsify.strict import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,10 +45,12 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
         base, _, last = tensor.rpartition(".")
         if last in ADDED and (tensor not in expected or layers[base]._buffers[last] is None):
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
-    known = set(model.state_dict())
+    known = model.state_dict()
     # Names that transformers translates while it reads them cannot be compared: check_loaded sees what is missing then.
-    if known.issuperset(owners):
+    if owners.keys() <= known.keys():
         _refuse_missing(model, [name for name in known if name not in owners])
+        for name, (_, shape, _) in owners.items():
+            _check_shape(name, shape, known[name])
 
 
 def check_loaded(model: PreTrainedModel) -> None:
@@ -87,10 +89,10 @@ def check_index(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}: it holds no weights to load")
+    content = read_json(index, error=CheckpointError)
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
+        names = sorted({str(name) for name in content["weight_map"].values()})
+    except (LookupError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"{index} cannot be read ({type(problem).__name__}: {problem})") from None
     for name in names:
         if Path(name).name != name or "\\" in name:
@@ -158,12 +160,16 @@ def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[
             )
             raise CheckpointError(f"the checkpoint has no {full!r}: {reason}")
         path, shape, dtype = owners[full]
-        if list(tensor.shape) != list(shape):
-            raise CheckpointError(f"{full} has the shape {list(shape)}, {list(tensor.shape)} is expected")
+        _check_shape(full, shape, tensor)
         if key in ("threshold", "scale") and dtype != "F32":
             raise CheckpointError(f"{full} is stored as {dtype}, F32 is expected")
         if key in ADDED:
             _check_values(full, key, path)
+
+
+def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:
+    if list(tensor.shape) != list(shape):
+        raise CheckpointError(f"{name} has the shape {list(shape)}, {list(tensor.shape)} is expected")
 
 
 def _check_values(full: str, key: str, path: Path) -> None:

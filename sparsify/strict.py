@@ -1,7 +1,9 @@
-"""Reads a dataclass from untrusted plain data: unknown, missing and wrongly typed keys are refused by name."""
+"""Reads JSON and dataclasses from untrusted data: unknown, missing and wrongly typed keys are refused by name."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
@@ -34,7 +36,7 @@ def from_mapping(cls: type[T], data: object, *, where: str, error: type[Sparsify
 
 
 def _checked(name: str, value: Any, hint: Any, where: str, error: type[SparsifyError]) -> Any:
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if hint in (int, float) and isinstance(value, bool):
         raise error(f"{where}: {name} is {value!r}, a number is expected")
@@ -43,3 +45,14 @@ def _checked(name: str, value: Any, hint: Any, where: str, error: type[SparsifyE
     except TypeError as problem:
         raise error(f"{where}: {problem}") from None
     return value
+
+
+def read_json(path: Path, *, error: type[SparsifyError] = SparsifyError) -> Any:
+    """Returns what a JSON file holds. Raises `error` for a file that cannot be read, or is not JSON in UTF-8."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise error(f"{path} cannot be read: its values are nested too deeply") from None
+    # ValueError: no UTF-8, no JSON, or a number of thousands of digits.
+    except (OSError, ValueError) as problem:
+        raise error(f"{path} cannot be read: {problem}") from None
