@@ -112,7 +112,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         raw = from_mapping(_Schema, config_dict, where=where, error=CheckpointError)
         if raw.prefill not in get_args(Prefill):
             raise CheckpointError(f"{where}: prefill is {raw.prefill!r}, allowed are {', '.join(get_args(Prefill))}")
-        sparsity = raw.method_config.get("sparsity")
+        sparsity = raw.method_config.get("sparsity", math.nan)
         if type(sparsity) not in (int, float) or not 0.0 <= sparsity < 1.0:
             raise CheckpointError(
                 f"{where}: method_config has the sparsity {sparsity!r}, it must be a number in [0, 1)"

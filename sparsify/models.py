@@ -1,6 +1,7 @@
 """From what a user calls a model to a loaded one: a folder, a hub id, an alias, or `reference`."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import WARNING
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -48,10 +50,12 @@ ALIASES = {
     "olmo-2-7b": "allenai/OLMo-2-1124-7B",
 }
 
+# The error of whichever httpx the hub's library has; what the hub itself answered is derived from it.
+_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
 # What transformers raises for a config.json and weights that do not fit each other.
 _LOAD_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
-    HfHubHTTPError, HFValidationError, StrictDataclassError, SafetensorError,
+    _HTTPError, HFValidationError, StrictDataclassError, SafetensorError,
 )  # fmt: skip
 
 _NOT_CACHED = (
@@ -78,13 +82,13 @@ def resolve_model(spec: str) -> str:
     if spec in ALIASES:
         return ALIASES[spec]
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         if not (path / "config.json").is_file():
             raise SparsifyError(f"{spec} is a folder without a config.json: it is not a Hugging Face model")
         return str(path)
-    if path.exists():
+    if spec and path.exists():
         raise SparsifyError(f"{spec} is a file: give the folder that holds config.json and the weights")
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec):
         return spec
     names = [REFERENCE, *ALIASES]
     raise SparsifyError(
@@ -176,16 +180,25 @@ def _explain(spec: str, source: str, problem: BaseException) -> SparsifyError:
         return UnavailableError(
             f"{source} is gated: accept its licence on its hub page, then log in with `hf auth login` (or set HF_TOKEN)"
         )
-    if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for cause in causes) or (
-        "offline" in str(problem).lower() or "connect" in str(problem).lower()
-    ):
-        return UnavailableError(f"the hub was not reached and {source} {_NOT_CACHED}")
+    if any(_no_answer(cause) for cause in causes):
+        return UnavailableError(
+            f"the hub was not reached and {source} is not in the local cache: check the network and HF_HUB_OFFLINE, "
+            "or download it elsewhere with `hf download` and give the folder"
+        )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return SparsifyError(
             f"{source} is not on the hub, or not visible without a login: check the name; "
             "log in with `hf auth login` if it is private"
         )
+    if any(isinstance(cause, HfHubHTTPError) and not isinstance(cause, EntryNotFoundError) for cause in causes):
+        return UnavailableError(f"the hub did not give {source}: {_first_line(problem)}; try again later")
     return SparsifyError(f"{spec} could not be loaded as a causal language model: {_first_line(problem)}")
+
+
+def _no_answer(cause: BaseException) -> bool:
+    transport = isinstance(cause, _HTTPError) and not isinstance(cause, HfHubHTTPError)
+    known = isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError | TimeoutError)
+    return transport or known or "offline mode" in str(cause).lower()
 
 
 def _causes(problem: BaseException) -> list[BaseException]:
