@@ -59,7 +59,7 @@ def bench(
         stage = progress.stage("rounds")
         speed = decode_speed(loaded.model, prompt, new_tokens=new_tokens, rounds=rounds, progress=stage)
     result: dict[str, Any] = {"model": model} | speed.to_dict()
-    result["statement"] = statement(result)
+    result["statement"] = statement(result) if result["ratio"] is not None else None
     output.emit(result, lambda console: _render(console, result))
 
 
@@ -89,7 +89,7 @@ def _prompt(loaded: Loaded, tokens: int, batch: int) -> "Tensor":
 def _render(console: Console, result: dict[str, Any]) -> None:
     table = make_table("Decoding", "", "tokens/s", "ms/token", "p10 to p90", "weights/token", "effective", left=1)
     for name in ("dense", "sparse"):
-        side = result.get(name)
+        side = result[name]
         if side is None:
             continue
         step = side["ms_per_step"]
@@ -99,15 +99,16 @@ def _render(console: Console, result: dict[str, Any]) -> None:
             byte_count(side["bytes_per_token"]), f"{side['gb_per_second']:.2f} GB/s",
         )  # fmt: skip
     console.print(table)
-    if result.get("ratio"):
+    if result["ratio"] is not None:
         ratio = result["ratio"]
         console.print(
             f"Sparse to dense speed: {ratio['median']:.2f}× (p10 {ratio['p10']:.2f}, p90 {ratio['p90']:.2f} by round), "
             f"realised sparsity {percent(result['realised_sparsity'])}."
         )
         console.print(f"[bold]{result['statement']}[/]")
+    backend = f", backend {', '.join(result['backends'])}" if result["backends"] else ""
     console.print(
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, backend {', '.join(result['backends'])}, "
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}{backend}, "
         f"batch {result['batch']}, prompt {result['prompt_tokens']}, {result['rounds']} rounds of "
         f"{result['new_tokens']} tokens; a plain copy here moves {result['copy_gb_per_second']:.1f} GB/s. "
         f"{result['protocol']}.",

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     speed = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     console.print(summary(quality, speed))
     console.print(f"[bold]{statement(speed)}[/]")
-    console.print(f"Next: sparsify inspect {checkpoint}, sparsify verify {checkpoint}, sparsify --help")
+    console.print(f"Next: sparsify inspect {checkpoint}", soft_wrap=True)
     return 0
 
 

@@ -102,7 +102,7 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     for entry in result["models"]:
         table = make_table(escape(entry["model"]), *columns)
         sparse = entry.get("sparse")
-        table.add_row("dense", *_quality(entry["dense"]), "-", "-", "-", byte_count(entry.get("dense_bytes_per_token")))
+        table.add_row("dense", *_quality(entry["dense"]), "-", "-", "-", byte_count(entry["dense_bytes_per_token"]))
         if sparse:
             shares = [percent(entry[f"{kind}_sparsity"]) for kind in ("nominal", "weighted", "realised")]
             table.add_row("sparse", *_quality(sparse), *shares, byte_count(entry["touched_bytes_per_token"]))

@@ -11,14 +11,12 @@ from sparsify.cli.loading import (
     BackendOption,
     DeviceOption,
     DtypeOption,
-    Loaded,
     PrefillOption,
     TrustOption,
     load,
 )
-from sparsify.cli.output import Format, FormatOption, Output, SaveOption
+from sparsify.cli.output import Format, FormatOption, Output, SaveOption, visible
 from sparsify.cli.progress import Progress
-from sparsify.errors import SparsifyError
 
 
 def register(app: typer.Typer) -> None:
@@ -50,38 +48,30 @@ def generate(
     """
     output = Output(format, save)
     with output.working(), Progress() as progress:
+        from sparsify.evals.generation import side_by_side
+
         loaded = load(
             model, progress, dtype=dtype, device=device, backend=backend, prefill=prefill,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         progress.note(f"writing {max_new_tokens} tokens")
-        written = _write(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    result: dict[str, Any] = {"model": model} | written
+        written = side_by_side(
+            loaded.model, loaded.tokenizer, prompt,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        )  # fmt: skip
+    result = {"model": model} | written.to_dict()
     output.emit(result, lambda console: _render(console, result))
-
-
-def _write(
-    loaded: Loaded, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> dict[str, Any]:
-    from sparsify.evals.generation import side_by_side
-
-    if not loaded.converted:
-        raise SparsifyError(f"{loaded.spec} is a dense model, and generate compares; convert it first")
-    return side_by_side(
-        loaded.model, loaded.tokenizer, prompt,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-    ).to_dict()  # fmt: skip
 
 
 def _render(console: Console, result: dict[str, Any]) -> None:
     for name in ("dense", "sparse"):
-        run = result.get(name)
+        run = result[name]
         if run is None:
             continue
-        text = Text(result["prompt"], style="dim").append(run["text"], style="not dim")
+        text = Text(visible(result["prompt"]), style="dim").append(visible(run["text"]), style="not dim")
         speed = f"{len(run['tokens'])} tokens, {run['tokens_per_second']:.1f} tokens/s"
         console.print(Panel(text, title=f"[bold]{name}[/]", subtitle=speed, title_align="left", subtitle_align="right"))
-    if result.get("dense") and result.get("sparse"):
+    if result["sparse"] is not None:
         longest = max(len(result["dense"]["tokens"]), len(result["sparse"]["tokens"]))
         agreed = result["agreement"]
         same = "All" if agreed == longest else f"The first {agreed} of"

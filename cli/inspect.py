@@ -139,7 +139,7 @@ def _render_dense(console: Console, result: dict[str, Any]) -> None:
     console.print(sites_table(result["kinds"]))
     print_left_dense(console, result["left_dense"])
     console.print(
-        f"A dense model: {result['linears']} linears at {result['sites']} input sites can be made sparse. "
-        f"Next: sparsify convert {result['model']} --sparsity 0.5 --out DIR",
-        markup=False,
+        f"A dense model: {result['linears']} linears at {result['sites']} input sites can be made sparse. Next:",
     )
+    # On a line of its own that is never folded, to be copied.
+    console.print(f"sparsify convert {result['model']} --sparsity 0.5 --out DIR", markup=False, soft_wrap=True)

@@ -24,7 +24,7 @@ def measure(
     """Returns "dense" and, for a converted model, "sparse" perplexities on the same tokens, and what sparsity was."""
     from sparsify.evals.perplexity import perplexity
     from sparsify.evals.realised import RealisedDensity
-    from sparsify.ledger import ledger_of
+    from sparsify.ledger import ledger_of, rest_bytes
     from sparsify.runtime import dense, sparse_layers
 
     converted = bool(sparse_layers(model))
@@ -32,12 +32,15 @@ def measure(
         stage = progress.stage(f"{label}, dense")
         baseline = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
     result: dict[str, Any] = {"dense": baseline.to_dict()}
-    if only_dense or not converted:
+    if not converted:
+        return result | {"dense_bytes_per_token": rest_bytes(model)}
+    ledger = ledger_of(model)
+    result["dense_bytes_per_token"] = ledger.dense_bytes + ledger.rest_bytes
+    if only_dense:
         return result
     with RealisedDensity(model) as counted:
         stage = progress.stage(f"{label}, sparse")
         sparse = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
-    ledger = ledger_of(model)
     realised = ledger.with_densities(counted.densities())
     return result | {
         "sparse": sparse.to_dict(),
@@ -46,6 +49,5 @@ def measure(
         "weighted_sparsity": ledger.weighted_sparsity,
         "realised_sparsity": realised.weighted_sparsity,
         "realised_model_sparsity": realised.model_sparsity,
-        "dense_bytes_per_token": ledger.dense_bytes + ledger.rest_bytes,
         "touched_bytes_per_token": realised.touched_bytes + realised.rest_bytes,
     }

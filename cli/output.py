@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -65,15 +66,15 @@ class Output:
             render(Console(file=sys.stdout, highlight=False))
 
 
+def visible(text: str) -> str:
+    """Returns text with pictures for control characters but line ends and tabs: they could drive the terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else chr(0x2400 + ord(c) % 32) for c in text)
+
+
 def print_error(message: str) -> None:
     """Prints one line on stderr, `error: ...`, red on a terminal."""
-    line = Text("error: ", style="bold red").append(" ".join(message.split()), style="red")
+    line = Text("error: ", style="bold red").append(visible(" ".join(message.split())), style="red")
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
-
-
-def print_log(message: str) -> None:
-    """Prints one line on stderr."""
-    Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
 
 
 def make_table(title: str, *columns: str, left: int = 1) -> Table:

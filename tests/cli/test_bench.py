@@ -23,6 +23,13 @@ def test_both_sides_are_measured(run: Run, checkpoint: Path, tmp_path: Path) -> 
         assert f"{data[side]['tokens_per_second']:.1f}" in result.stdout
 
 
+def test_a_dense_model_is_measured_alone(run: Run, dense_model: Path) -> None:
+    result = run("bench", dense_model, "--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "8")
+    assert result.exit_code == 0, result.output
+    assert "sparse  " not in result.stdout
+    assert "Dense is faster" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("ratio", "backends", "words"),
     [

@@ -29,6 +29,13 @@ def test_sampling_repeats_with_its_seed(run: Run, checkpoint: Path) -> None:
     assert runs[0]["sparse"]["tokens"] == runs[1]["sparse"]["tokens"]
 
 
+def test_a_dense_model_is_continued_alone(run: Run, dense_model: Path) -> None:
+    flags = ["--prompt", "def mean(", "--max-new-tokens", "4"]
+    data = json.loads(run("generate", dense_model, *flags, "--format", "json").stdout)
+    assert (data["sparse"], data["agreement"]) == (None, None)
+    assert "sparse" not in run("generate", dense_model, *flags).stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

@@ -27,7 +27,7 @@ def test_a_dense_model_shows_what_would_be_converted(run: Run, dense_model: Path
     data = json.loads(run("inspect", dense_model, "--format", "json").stdout)
     assert (data["converted"], data["linears"], data["sites"]) == (False, 14, 8)
     result = run("inspect", dense_model)
-    assert "*.mlp.gate_proj" in result.stdout
+    assert "mlp.gate_proj" in result.stdout
     assert "sparsify convert" in result.stdout
 
 

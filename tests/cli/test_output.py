@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparsify.cli.output import Format, Output, byte_count, common_prefix, percent, seconds
+from sparsify.cli.output import Format, Output, byte_count, common_prefix, percent, seconds, visible
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,10 @@ def test_percent() -> None:
 )
 def test_common_prefix(names: list[str], prefix: str) -> None:
     assert common_prefix(names) == prefix
+
+
+def test_control_characters_cannot_reach_a_terminal() -> None:
+    assert visible("a\n\tü\x1b[31m\x07\x9b\r") == "a\n\tü␛[31m␇␛␍"
 
 
 def test_json_goes_to_stdout_and_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
