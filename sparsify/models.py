@@ -181,10 +181,7 @@ def _explain(spec: str, source: str, problem: BaseException) -> SparsifyError:
             f"{source} is gated: accept its licence on its hub page, then log in with `hf auth login` (or set HF_TOKEN)"
         )
     if any(_no_answer(cause) for cause in causes):
-        return UnavailableError(
-            f"the hub was not reached and {source} is not in the local cache: check the network and HF_HUB_OFFLINE, "
-            "or download it elsewhere with `hf download` and give the folder"
-        )
+        return UnavailableError(f"the hub was not reached and {source} {_NOT_CACHED}")
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return SparsifyError(
             f"{source} is not on the hub, or not visible without a login: check the name; "
