@@ -20,8 +20,8 @@ SCHEMA_VERSION = 1
 class LinearEntry:
     """One converted linear: how its budget was spent and what that cost on calibration text.
 
-    error is E‖y − ŷ‖² / E‖y‖² on dense inputs; density is the calibrated share of channels a token uses; energy_ranks
-    are the ranks that hold 50, 90 and 99% of ‖W‖², where the method looked at singular values.
+    error is the mean of ‖y − ŷ‖² / ‖y‖² over tokens, on dense inputs; density is the calibrated share of channels a
+    token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at.
     """
 
     sparsity: float

@@ -50,7 +50,7 @@ class _Linear:
     column_norm: Tensor
     candidates: tuple[Candidate, ...]
     spectrum: LowRank | None = None
-    energy: float = 0.0
+    tokens: int = 0
 
     @property
     def weight(self) -> Tensor:
@@ -191,13 +191,17 @@ def _measure_errors(
     calibration: Calibration,
     progress: Progress | None,
 ) -> None:
-    """Sums E‖ŷ − y‖² of every candidate and E‖y‖² of every linear over some windows, in the dense model."""
+    """Sums ‖ŷ − y‖²/‖y‖² of every candidate over the tokens of some windows, each linear on dense inputs.
+
+    Relative token by token: otherwise the few tokens with huge activations, such as BOS, decide alone.
+    """
 
     def see(name: str, x: Tensor) -> None:
         linear = linears[name]
         weight = linear.weight.float()
         x = x.reshape(-1, x.shape[-1])
-        linear.energy += float(F.linear(x.float(), weight).square().sum(dtype=torch.float64))
+        size = F.linear(x.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
+        linear.tokens += len(x)
         for fit in fits[name]:
             threshold = torch.tensor(fit.threshold, device=x.device)
             keep = keep_mask(x, threshold, linear.column_norm if fit.candidate.scaled else None)
@@ -205,7 +209,7 @@ def _measure_errors(
             missing = F.linear(dropped, weight)
             if fit.lr_a is not None and fit.lr_b is not None:
                 missing = missing - F.linear(F.linear(dropped, fit.lr_a.float()), fit.lr_b.float())
-            fit.error += float(missing.square().sum(dtype=torch.float64))
+            fit.error += float((missing.square().sum(-1, dtype=torch.float64) / size).sum())
 
     step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
     with hooked({name: linear.module for name, linear in linears.items()}, see):
@@ -239,7 +243,7 @@ def _describe(
     entries = {}
     for name, linear in linears.items():
         c = chosen[name].candidate
-        error = chosen[name].error / linear.energy if linear.energy else 0.0
+        error = chosen[name].error / linear.tokens if linear.tokens else 0.0
         ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
         entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks)
     config = SparsifyConfig(
