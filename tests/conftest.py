@@ -7,7 +7,8 @@ from pathlib import Path
 
 # Before anything imports torch or transformers, and inherited by the processes that tests start.
 _NO_GPU = not Path("/dev/nvidiactl").exists()
-_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+# One number for both: two MKL threads beside one of OpenMP made small decompositions a hundred times slower.
+_THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
