@@ -1,5 +1,6 @@
 """`sparsify eval`: perplexity of models on a text, dense and sparse on the same tokens."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -79,7 +80,7 @@ def evaluate(
             windows = _windows(loaded, source, seq_len, stride, limit)
             measured = measure(
                 loaded.model, windows, progress,
-                label=spec, protocol=protocol, batch_size=batch_size, only_dense=dense,
+                label=Path(spec).name, protocol=protocol, batch_size=batch_size, only_dense=dense,
             )  # fmt: skip
             results.append({"model": spec, "converted": loaded.converted} | measured)
             del loaded

@@ -5,6 +5,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption
 
@@ -42,6 +44,5 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     for method in result["methods"]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in method["options"])
         console.print(f"[bold]{method['name']}[/]")
-        console.print(f"  {method['summary']}", markup=False)
-        console.print(f"  [dim]paper[/]    {method['paper']}")
-        console.print(f"  [dim]options[/]  {options}")
+        for line in (method["summary"], f"Paper: {method['paper']}", f"Options: {options}"):
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
