@@ -16,6 +16,7 @@ from sparsify.config import SparsifyConfig
 from sparsify.errors import CheckpointError
 from sparsify.runtime import sparse_layers
 from sparsify.strict import from_mapping
+from sparsify.targets import decoder_of, is_expert_weight
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def rest_bytes(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     counted = {id(head.weight)} if head is not None else set()
     total = head.weight.numel() * head.weight.element_size() if head is not None else 0
-    for module in model.modules():
+    # Not a vision tower, which no token of text touches.
+    for module in [*decoder_of(model).modules(), *([head] if head is not None else [])]:
         for parameter in module.parameters(recurse=False):
             if id(parameter) in converted or id(parameter) in counted:
                 continue
@@ -154,7 +156,7 @@ def rest_bytes(model: PreTrainedModel) -> int:
             size = parameter.numel() * parameter.element_size()
             if isinstance(module, nn.Embedding):
                 size //= module.num_embeddings
-            elif parameter.dim() == 3:
+            elif is_expert_weight(module, parameter):
                 experts = parameter.shape[0]
                 size = size * int(getattr(text, "num_experts_per_tok", None) or experts) // experts
             total += size

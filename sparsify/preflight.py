@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 ADDED = ("threshold", "scale", "lr_a", "lr_b")
 INDEX = "model.safetensors.index.json"
 
+# File, name in the file, shape and dtype of a tensor.
+_Owner = tuple[Path, str, list[int], str]
+
 
 def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Checks the safetensors files against a model skeleton that has its sparse layers.
@@ -36,7 +39,7 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     paths = [Path(file) for file in files]
     source = model.config.name_or_path
     check_places(paths, Path(source) if source and Path(source).is_dir() else None)
-    owners = _owners(paths)
+    owners = _translated(_owners(paths), model)
     layers = sparse_layers(model)
     for name, layer in layers.items():
         _check_layer(name, layer, owners)
@@ -46,10 +49,10 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
         if last in ADDED and (tensor not in expected or layers[base]._buffers[last] is None):
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
     known = model.state_dict()
-    # Names that transformers translates while it reads them cannot be compared: check_loaded sees what is missing then.
+    # Tensors that transformers merges while it reads them cannot be compared: check_loaded sees what is missing then.
     if owners.keys() <= known.keys():
         _refuse_missing(model, [name for name in known if name not in owners])
-        for name, (_, shape, _) in owners.items():
+        for name, (_, _, shape, _) in owners.items():
             _check_shape(name, shape, known[name])
 
 
@@ -126,9 +129,9 @@ def _refuse_missing(model: PreTrainedModel, names: Sequence[str]) -> None:
         )
 
 
-def _owners(paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns {tensor name: (path, shape, dtype)} from the headers alone."""
-    owners: dict[str, tuple[Path, list[int], str]] = {}
+def _owners(paths: Sequence[Path]) -> dict[str, _Owner]:
+    """Returns {tensor name: (path, tensor name, shape, dtype)} from the headers alone."""
+    owners: dict[str, _Owner] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
@@ -136,7 +139,7 @@ def _owners(paths: Sequence[Path]) -> dict[str, Any]:
                     if name in owners:
                         raise CheckpointError(f"{name!r} stands in {path.name} and in {owners[name][0].name}")
                     part = file.get_slice(name)
-                    owners[name] = (path, part.get_shape(), part.get_dtype())
+                    owners[name] = (path, name, part.get_shape(), part.get_dtype())
         except (SafetensorError, OSError) as problem:
             raise CheckpointError(
                 f"{path} is not a readable safetensors file ({problem}): it may be truncated, download or convert again"
@@ -144,7 +147,23 @@ def _owners(paths: Sequence[Path]) -> dict[str, Any]:
     return owners
 
 
-def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[str, Any]) -> None:
+def _translated(owners: Mapping[str, _Owner], model: PreTrainedModel) -> dict[str, _Owner]:
+    """Returns the owners by module names: some families (Gemma 3 with vision) have other names on the disk."""
+    # Here, not above: this module is imported while transformers itself is.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    translated = {}
+    for stored, owner in owners.items():
+        name = stored
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        translated[name] = owner
+    return translated
+
+
+def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[str, _Owner]) -> None:
     expected: dict[str, torch.Tensor] = {"weight": layer.weight}
     if layer.bias is not None:
         expected["bias"] = layer.bias
@@ -159,12 +178,12 @@ def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[
                 else "it is incomplete"
             )
             raise CheckpointError(f"the checkpoint has no {full!r}: {reason}")
-        path, shape, dtype = owners[full]
+        path, stored, shape, dtype = owners[full]
         _check_shape(full, shape, tensor)
         if key in ("threshold", "scale") and dtype != "F32":
             raise CheckpointError(f"{full} is stored as {dtype}, F32 is expected")
         if key in ADDED:
-            _check_values(full, key, path)
+            _check_values(stored, key, path)
 
 
 def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:

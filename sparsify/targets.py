@@ -6,7 +6,7 @@ Embeddings, norms, the head, routers and 3-D expert weights stay dense; what was
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,27 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Returns the text decoder: embedding, blocks and last norm, without a head or a vision tower."""
+    decoder = cast(Any, model).get_decoder()
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def is_expert_weight(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether the parameter holds the matrices of all experts [E, O, I]; a convolution's weight is 3-D as well."""
+    return parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
+
+
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and any(is_linear(m) for m in module.modules())
     ]
-    # An encoder-decoder or a vision tower has several lists: the decoder's length is in the text configuration.
+    # A model with a vision tower has several lists: the decoder's are in it, its length in the text configuration.
+    inside = set(decoder_of(model).modules())
+    lists = [entry for entry in lists if entry[1] in inside] or lists
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     candidates = [entry for entry in lists if len(entry[1]) == depth] or lists
     if not candidates:
@@ -140,7 +154,12 @@ def _left_dense(
     unreached = set(linears) - routers - {name for name, _ in called}
     if unreached:
         statements.append(f"{len(unreached)} linears that the forward did not reach: {_names(unreached)}")
-    experts = [f"{prefix}.{name}" for name, parameter in blocks.named_parameters() if parameter.dim() == 3]
+    experts = [
+        f"{prefix}.{name}.{key}"
+        for name, module in blocks.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if is_expert_weight(module, parameter)
+    ]
     if experts:
         statements.append(f"{len(experts)} expert weights, stored as 3-D tensors, left dense: {_names(set(experts))}")
     return statements

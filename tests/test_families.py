@@ -33,6 +33,14 @@ BASE = {
 }
 GQA = {**BASE, "intermediate_size": 96, "num_key_value_heads": 2}
 GEMMA = {**GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+VISION = {
+    "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"image_size": 28, "patch_size": 14},
+    "mm_tokens_per_image": 4,
+    "image_token_index": 127,
+    "boi_token_index": 126,
+    "eoi_token_index": 125,
+}
 EXPERTS = {**GQA, "head_dim": 16, "num_experts_per_tok": 2}
 
 ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
@@ -58,6 +66,8 @@ FAMILIES = {
     "qwen3": Family("Qwen3Config", {**GQA, "head_dim": 16}, "model.layers", GATED),
     "gemma2": Family("Gemma2Config", GEMMA, "model.layers", GATED),
     "gemma3": Family("Gemma3TextConfig", GEMMA, "model.layers", GATED),
+    # As deep a vision tower, and other names on the disk than in memory.
+    "gemma3-vision": Family("Gemma3Config", {"text_config": GEMMA, **VISION}, "model.language_model.layers", GATED),
     "phi3": Family(
         "Phi3Config",
         GQA,
@@ -136,9 +146,9 @@ def dense(request: pytest.FixtureRequest) -> Dense:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.15 * noise) if parameter.dim() > 1 else parameter.add_(0.1 * noise)
-    ids = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
+    ids = torch.randint(3, 120, (2, 12), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    calibration = sparsify.Calibration(torch.randint(3, VOCABULARY, (4, 24), generator=generator), "random")
+    calibration = sparsify.Calibration(torch.randint(3, 120, (4, 24), generator=generator), "random")
     return Dense(family, model, batch, calibration, logits(model, batch))
 
 
@@ -283,3 +293,29 @@ def test_grouped_query_attention_has_budgets_of_its_own_shapes(dense: Dense) -> 
         path = f"model.layers.0.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
         channels = math.floor(inputs * 0.5 * 0.8)
         assert entries[path].rank == math.floor((inputs * outputs * 0.5 - channels * outputs) / (inputs + outputs))
+
+
+def test_a_convolution_is_not_called_an_expert() -> None:
+    config = transformers.Lfm2Config(**GQA, layer_types=["conv", "full_attention"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sparsify.convert(model, METHODS["teal"], sparsify.Calibration(torch.randint(3, 120, (2, 16)), "random"))
+    config = model.config.quantization_config
+    assert config.left_dense == []
+    assert config.sites[0] == ["model.layers.0.conv.in_proj"]
+    kernel = model.model.layers[0].conv.conv.weight
+    assert kernel.dim() == 3
+    with_kernel = sparsify.ledger_of(model).rest_bytes
+    kernel.data = kernel.data[:, :, :1]
+    assert sparsify.ledger_of(model).rest_bytes == with_kernel - 64 * 2 * 4
+
+
+@pytest.mark.parametrize("dense", ["gemma3-vision"], indirect=True)
+def test_a_vision_tower_stays_out_of_the_ledger(dense: Dense) -> None:
+    model = converted(dense, METHODS["teal"])
+    decoder = model.model.language_model
+    linears = sum(layer.weight.numel() for layer in sparse_layers(model).values())
+    embedding = decoder.embed_tokens.weight
+    # The tied head is read whole.
+    expected = 4 * (sum(parameter.numel() for parameter in decoder.parameters()) - linears)
+    assert model.get_output_embeddings().weight is embedding
+    assert sparsify.ledger_of(model).rest_bytes == expected
