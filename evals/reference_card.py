@@ -25,9 +25,9 @@ from sparsify.text import read_text, windows
 
 _SEQ_LEN = 512
 _PROMPTS = (
-    "def read_lines(path):\n",
-    'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self):\n',
-    "import unittest\n\nclass TestCounter(unittest.TestCase):\n",
+    "def read_lines(path):",
+    'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self',
+    "import unittest\n\nclass TestCounter(unittest.TestCase):\n\n    def test_",
 )
 
 
@@ -119,9 +119,8 @@ def render(
             "## Limits",
             "",
             "It knows Python's surface and the standard library's habits, nothing else; its programs look right and "
-            "are not. It fits into a CPU's cache, so speed measured on it says little about large models. Half of its "
-            "weight bytes is more than a model of hidden size 320 can spare: published losses of 7B models at the same "
-            "sparsity are far smaller.",
+            "are not. It was trained on windows of 512 tokens and loses its thread beyond them. It fits into a CPU's "
+            "cache, so speed measured on it says little about large models; nor does what sparsity costs it.",
             "",
         ]
     )
