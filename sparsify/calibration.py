@@ -47,6 +47,8 @@ class Calibration:
 
         Raises SparsifyError where the text is too short for that many.
         """
+        if sequences < 1:
+            raise SparsifyError(f"the number of calibration sequences must be at least 1, not {sequences}")
         every = windows(text, tokenizer, seq_len=seq_len).tokens
         if len(every) < sequences:
             raise SparsifyError(

@@ -19,7 +19,7 @@ from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError, UnavailableError
 from sparsify.ledger import Ledger, ledger_of
 from sparsify.manifest import check_manifest, write_manifest
-from sparsify.models import hub_errors, load_dense, parse_dtype, quiet
+from sparsify.models import hub_errors, load_dense, parse_dtype, quiet, to_device
 from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_index
 from sparsify.runtime import set_prefill, sparse_layers, switch_of
@@ -89,8 +89,7 @@ def load(
     wanted = parse_dtype(dtype)
     with hub_errors(str(folder), str(folder)), quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **options)
-    if device is not None:
-        model = model.to(device)
+    model = to_device(model, device)
     for layer in sparse_layers(model).values() if backend is not None else ():
         layer.bind(backend)
     if prefill is not None:

@@ -132,7 +132,7 @@ def load_dense(
             f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
             f"{type(model).__name__}; download it again"
         )
-    loaded: PreTrainedModel = _to(model, device).eval()
+    loaded: PreTrainedModel = to_device(model, device).eval()
     return loaded
 
 
@@ -212,7 +212,8 @@ def _first_line(problem: BaseException) -> str:
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _to(model: Any, device: str | None) -> Any:
+def to_device(model: Any, device: str | None) -> Any:
+    """Returns the model on the device, None for where it is. Raises UnavailableError for one that is not here."""
     if device is None:
         return model
     try:

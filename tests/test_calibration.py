@@ -13,6 +13,7 @@ from sparsify.calibration import Calibration, ScoreHistogram
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask
 from sparsify.runtime import sparse_layers
+from sparsify.text import Text
 
 COUNT = 50_000
 DENSITIES = [0.005, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999]
@@ -198,3 +199,8 @@ def test_a_converted_model_is_not_converted_again(tiny_llama: PreTrainedModel, t
     sparsify.convert(tiny_llama, sparsify.Teal(sparsity=0.5), tiny_calibration)
     with pytest.raises(SparsifyError, match="converted already"):
         sparsify.convert(tiny_llama, sparsify.Teal(sparsity=0.5), tiny_calibration)
+
+
+def test_no_sequences_is_one_clear_error() -> None:
+    with pytest.raises(SparsifyError, match="at least 1, not 0"):
+        Calibration.from_text(Text("text", ["some text"]), None, sequences=0)  # type: ignore[arg-type]

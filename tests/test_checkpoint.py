@@ -326,3 +326,8 @@ def _in_child(work: Callable[[], str]) -> tuple[int, str]:
     with open(reader, encoding="utf-8") as file:
         text = file.read()
     return os.waitpid(child, 0)[1], text
+
+
+def test_device_that_is_not_here_is_one_clear_error(tiny_sparse: Path) -> None:
+    with pytest.raises(UnavailableError, match="device 'nowhere' cannot be used"):
+        sparsify.load(tiny_sparse, device="nowhere")
