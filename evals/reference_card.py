@@ -113,14 +113,14 @@ def render(
             "",
             "## What it writes",
             "",
-            "Greedy, 64 tokens, from the first lines:",
+            "64 tokens from the first lines, sampled at temperature 0.7 and top-p 0.9, seed 0:",
             "",
             *[line for text in samples.values() for line in ("```python", text.rstrip(), "```", "")],
             "## Limits",
             "",
             "It knows Python's surface and the standard library's habits, nothing else; its programs look right and "
             "are not. It was trained on windows of 512 tokens and loses its thread beyond them. It fits into a CPU's "
-            "cache, so speed measured on it says little about large models; nor does what sparsity costs it.",
+            "cache: neither its speed nor what sparsity costs it says much about large models.",
             "",
         ]
     )
@@ -130,9 +130,11 @@ def _tokens_seen(record: Mapping[str, Any]) -> int:
     return int((record["steps"] + record["decay_steps"]) * record["tokens_per_step"])
 
 
-def continue_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def continue_sampled(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    torch.manual_seed(0)
     ids = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**ids, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "pad_token_id": tokenizer.eos_token_id}
+    output = model.generate(**ids, max_new_tokens=64, **settings)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -140,6 +142,7 @@ def draw_loss(record: Mapping[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sparsify"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
@@ -159,7 +162,7 @@ def main() -> None:
     result = perplexity(model, windows(text, tokenizer, seq_len=_SEQ_LEN))
     xz = xz_bits_per_byte(text.documents)
     tokens = windows(text, tokenizer, seq_len=_SEQ_LEN, limit=8).tokens
-    samples = {prompt: continue_greedily(model, tokenizer, prompt) for prompt in _PROMPTS}
+    samples = {prompt: continue_sampled(model, tokenizer, prompt) for prompt in _PROMPTS}
     card = render(record, result, xz, input_statistics(model, tokens), samples, model.num_parameters())
     (folder / "README.md").write_text(card, encoding="utf-8")
     draw_loss(record, folder / "loss.svg")
