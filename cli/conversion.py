@@ -119,8 +119,7 @@ def _read_texts(
 def _load_dense(spec: str, settings: ConvertSettings, device: str, progress: Progress) -> "PreTrainedModel":
     import torch
 
-    from sparsify.evals.perplexity import check_context
-    from sparsify.models import load_dense
+    from sparsify.models import check_context, load_dense
 
     torch.manual_seed(settings.seed)
     progress.note(f"loading {spec}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.errors import SparsifyError
-from sparsify.evals.perplexity import check_context
+from sparsify.models import check_context
 from sparsify.runtime import dense, sparse_layers, switch_of
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsify.errors import SparsifyError, suggest
+from sparsify.models import check_context
 from sparsify.runtime import dense, set_prefill, sparse_layers, switch_of
 from sparsify.text import Windows
 
@@ -192,13 +193,6 @@ def _check(model: PreTrainedModel, windows: Windows, protocol: str, batch_size: 
             f"token id {largest} of text {windows.name} is outside this model's vocabulary of {_vocabulary(model)}: "
             "the tokenizer is not this model's"
         )
-
-
-def check_context(model: PreTrainedModel, tokens: int) -> None:
-    """Raises SparsifyError where a sequence of that many tokens is longer than the model's positions."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int) and tokens > positions:
-        raise SparsifyError(f"{tokens} tokens are more than this model's {positions} positions: use a shorter sequence")
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -23,9 +23,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import sparsify
 from sparsify.errors import SparsifyError
-from sparsify.evals.perplexity import check_context
 from sparsify.evals.realised import RealisedDensity
 from sparsify.ledger import ledger_of, rest_bytes
+from sparsify.models import check_context
 from sparsify.runtime import dense, sparse_layers, switch_of
 
 _WARM_UP_STEPS = 4

@@ -22,6 +22,7 @@ from sparsify.kernels.reference import keep_mask
 from sparsify.linear import SparsitySwitch, make_sparse
 from sparsify.low_rank import LowRank, low_rank
 from sparsify.methods import Method
+from sparsify.models import check_context
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shape
 
@@ -93,12 +94,7 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
                 f"the calibration holds token id {token}, outside this model's vocabulary of {rows}: "
                 "it was made with another model's tokenizer"
             )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int) and tokens.shape[1] > positions:
-        raise SparsifyError(
-            f"calibration windows of {tokens.shape[1]} tokens are more than this model's {positions} positions: "
-            "use a shorter --seq-len"
-        )
+    check_context(model, tokens.shape[1])
 
 
 def _prepare(model: PreTrainedModel, method: Method, targets: Targets) -> dict[str, _Linear]:

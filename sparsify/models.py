@@ -136,6 +136,13 @@ def load_dense(
     return loaded
 
 
+def check_context(model: PreTrainedModel, tokens: int) -> None:
+    """Raises SparsifyError where a sequence of that many tokens is longer than the model's positions."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(positions, int) and tokens > positions:
+        raise SparsifyError(f"{tokens} tokens are more than this model's {positions} positions: use a shorter sequence")
+
+
 def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the model's tokenizer. Raises as load_dense does."""
     source = resolve_model(spec)
