@@ -55,7 +55,7 @@ def save(
     except OSError as problem:
         raise UnavailableError(f"{out.parent} cannot be written: {problem.strerror}") from None
     try:
-        _write(model, staging, tokenizer, source or str(model.config.name_or_path), settings or {}, measured)
+        _write(model, staging, tokenizer, source or _source(model), settings or {}, measured)
         os.rename(staging, out)
         _sync(out.parent)
     except (OSError, SafetensorError) as problem:
@@ -166,6 +166,12 @@ def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
             model = AutoModelForCausalLM.from_config(skeleton)  # type: ignore[no-untyped-call]
     add_sparse_layers(model, config)
     check_files([str(file) for file in files], model)
+
+
+def _source(model: PreTrainedModel) -> str:
+    """Returns what the card calls the dense model: a hub id, or a local folder's name and not its path."""
+    name = str(model.config.name_or_path)
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _write(

@@ -331,3 +331,9 @@ def _in_child(work: Callable[[], str]) -> tuple[int, str]:
 def test_device_that_is_not_here_is_one_clear_error(tiny_sparse: Path) -> None:
     with pytest.raises(UnavailableError, match="device 'nowhere' cannot be used"):
         sparsify.load(tiny_sparse, device="nowhere")
+
+
+def test_card_names_the_source_and_no_path_of_this_machine(tiny_sparse: Path, tiny_dense: Path) -> None:
+    card = (tiny_sparse / "README.md").read_text(encoding="utf-8")
+    assert f"# {tiny_dense.name}, rsparse at 50%" in card
+    assert str(tiny_dense.parent) not in card

@@ -75,7 +75,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
-        model_max_length=2 * CONTEXT,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
@@ -146,7 +146,7 @@ def train(
     bos = tokenizer.bos_token_id
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        max_position_embeddings=2 * CONTEXT,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=bos,
         eos_token_id=tokenizer.eos_token_id,
