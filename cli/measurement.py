@@ -1,6 +1,5 @@
 """One model on one text: its dense perplexity and, where it is converted, the sparse one with realised sparsity."""
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.progress import Progress
@@ -28,7 +27,7 @@ def measure(
     from sparsify.runtime import dense, sparse_layers
 
     converted = bool(sparse_layers(model))
-    with dense(model) if converted else nullcontext():
+    with dense(model):
         stage = progress.stage(f"{label}, dense")
         baseline = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
     result: dict[str, Any] = {"dense": baseline.to_dict()}
