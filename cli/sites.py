@@ -41,16 +41,9 @@ def check_budgets(model: "PreTrainedModel", method: "Method") -> None:
     """Raises SparsifyError where the method cannot meet its budget, or does not fit the linears of this model."""
     import torch
 
-    from sparsify.budget import LinearShape
-    from sparsify.targets import dense_weight, find_targets, linear_shape
+    from sparsify.targets import find_targets, linear_shapes
 
-    modules = dict(model.named_modules())
-    names = set(find_targets(model, torch.zeros(1, 8, dtype=torch.int64)).names)
-    shapes = {
-        name: LinearShape(*linear_shape(module), dense_weight(module).element_size())
-        for name, module in modules.items()
-        if name in names
-    }
+    shapes = linear_shapes(model, find_targets(model, torch.zeros(1, 8, dtype=torch.int64)))
     bound = method.bind(shapes)
     for name, shape in shapes.items():
         bound.candidates(name, shape)

@@ -108,7 +108,7 @@ def _edge(index: int) -> float:
 
 
 @contextmanager
-def hooked(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def hooked(modules: dict[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
     """Inside, see(name, input) is called before each forward of the modules."""
     handles = []
     for name, module in modules.items():

@@ -23,8 +23,9 @@ from sparsify.linear import SparsitySwitch, make_sparse
 from sparsify.low_rank import LowRank, low_rank
 from sparsify.methods import Method
 from sparsify.models import check_context
+from sparsify.plugin import attach
 from sparsify.runtime import sparse_layers
-from sparsify.targets import Targets, dense_weight, find_targets, linear_shape
+from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
 
 # Windows of the calibration text on which candidates are compared.
 _ERROR_WINDOWS = 8
@@ -46,7 +47,6 @@ class _Linear:
     """One target while it is being converted."""
 
     module: nn.Module
-    shape: LinearShape
     site: int
     column_norm: Tensor
     candidates: tuple[Candidate, ...]
@@ -69,7 +69,9 @@ def convert(
     _refuse_converted(model)
     _check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
-    linears = _prepare(model, method, targets)
+    shapes = linear_shapes(model, targets)
+    method = method.bind(shapes)
+    linears = _prepare(model, method, targets, shapes)
     fits = _fit(model, linears, calibration, progress)
     _measure_errors(model, linears, fits, calibration, progress)
     chosen = {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
@@ -97,25 +99,19 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     check_context(model, tokens.shape[1])
 
 
-def _prepare(model: PreTrainedModel, method: Method, targets: Targets) -> dict[str, _Linear]:
-    modules = dict(model.named_modules())
+def _prepare(
+    model: PreTrainedModel, method: Method, targets: Targets, shapes: Mapping[str, LinearShape]
+) -> dict[str, _Linear]:
     sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
-    # Module order, which recipes and reports use, not call order.
-    names = [name for name in modules if name in sites]
-    shapes = {}
-    for name in names:
-        outputs, inputs = linear_shape(modules[name])
-        shapes[name] = LinearShape(outputs, inputs, dense_weight(modules[name]).element_size())
-    bound = method.bind(shapes)
+    modules = {name: model.get_submodule(name) for name in shapes}
     return {
         name: _Linear(
             module=modules[name],
-            shape=shapes[name],
             site=sites[name],
             column_norm=dense_weight(modules[name]).detach().double().norm(dim=0).float(),
-            candidates=bound.candidates(name, shapes[name]),
+            candidates=method.candidates(name, shape),
         )
-        for name in names
+        for name, shape in shapes.items()
     }
 
 
@@ -234,8 +230,6 @@ def _describe(
     linears: Mapping[str, _Linear],
     chosen: Mapping[str, _Fit],
 ) -> None:
-    from sparsify.plugin import attach
-
     entries = {}
     for name, linear in linears.items():
         c = chosen[name].candidate

@@ -1,7 +1,7 @@
 """Finds what can be made sparse in any decoder: the linears in its blocks, grouped by the input they share.
 
-By structure, not by a table of families: the blocks are the longest list of equal modules, the linears are the
-nn.Linear and Conv1D modules inside, and linears that receive the same tensor in a forward are one input site.
+By structure, not by a table of families: the blocks are the decoder's list of modules with linears, the linears are
+the nn.Linear and Conv1D modules inside, and linears that receive the same tensor in a forward are one input site.
 Embeddings, norms, the head, routers and 3-D expert weights stay dense; what was left and why is listed.
 """
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparsify.budget import LinearShape
+from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
 from sparsify.linear import is_linear
 
@@ -61,6 +63,16 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
         return linear.nf, linear.nx
     assert isinstance(linear, nn.Linear)
     return linear.out_features, linear.in_features
+
+
+def linear_shapes(model: PreTrainedModel, targets: Targets) -> dict[str, LinearShape]:
+    """Returns the shapes of the targets in module order, the order of recipes and reports, not in call order."""
+    found = set(targets.names)
+    return {
+        name: LinearShape(*linear_shape(module), dense_weight(module).element_size())
+        for name, module in model.named_modules()
+        if name in found
+    }
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
@@ -112,19 +124,8 @@ def _is_router(model: PreTrainedModel, linear: nn.Module) -> bool:
 def _record_inputs(model: PreTrainedModel, linears: dict[str, nn.Module], tokens: Tensor) -> list[tuple[str, Tensor]]:
     """Returns (name, input) of every linear that a forward calls, in call order; a second call is not listed."""
     calls: dict[str, Tensor] = {}
-    handles = []
-    for name, module in linears.items():
-
-        def record(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            calls.setdefault(name, args[0])
-
-        handles.append(module.register_forward_pre_hook(record))
-    try:
-        with torch.inference_mode():
-            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(linears, calls.setdefault), torch.inference_mode():
+        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
     return list(calls.items())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsify
-from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina
+from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina, checkpoint
 from sparsify.kernels.reference import keep_mask
 from sparsify.linear import SparseLinear
 from sparsify.runtime import sparse_layers
@@ -222,6 +222,8 @@ def test_recipes_in_every_form(
         name: (entry["sparsity"], entry["rho"]) for name, entry in recipe.items()
     }
     folder = sparsify.save(tiny_llama, tmp_path / "sparse")
+    # The shares themselves, not the file that they were read from.
+    assert checkpoint.read_config(folder).method_config["recipe"] == recipe
     assert torch.equal(logits(sparsify.load(folder)), logits(tiny_llama))
 
 
