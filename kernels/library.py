@@ -18,6 +18,8 @@ from sparsify.kernels.build import library_path
 ABI = 1
 # Tokens that one call takes: SP_MAX_TOKENS.
 MAX_TOKENS = 8
+# sp_status
+NO_MEMORY = -1
 # Linears that one call takes: SP_MAX_SITE.
 MAX_SITE = 8
 # The instruction set to use instead of the best one that the machine has.

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.kernels.dispatch import select_backend
+from sparsify.kernels.layout import channel_contiguous
 from sparsify.kernels.spec import Backend, SparseTensors
 
 
@@ -68,13 +69,29 @@ class _SparseLayer(nn.Module):
         self.backend_name = name
         if weight.device.type == "meta":
             return
-        if self.backend.channel_contiguous and not weight.t().is_contiguous():
-            self.weight.data = self.weight.data.t().contiguous().t()
-        elif not self.backend.channel_contiguous and not self.weight.is_contiguous():
-            self.weight.data = self.weight.data.contiguous()
+        if self.backend.channel_contiguous:
+            if not weight.t().is_contiguous():
+                self.weight.data = channel_contiguous(self.weight.data)
+            if self.lr_b is not None:
+                self.lr_b = channel_contiguous(self.lr_b)
+        else:
+            if not self.weight.is_contiguous():
+                self.weight.data = self.weight.data.contiguous()
+            if self.lr_b is not None:
+                self.lr_b = self.lr_b.contiguous()
 
     def tensors(self) -> SparseTensors:
         return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        """Returns the output by the backend; None where torch's own dense linear is right and fast."""
+        if self.switch.sparse:
+            return self.backend.run(x, (self.tensors(),))[0]
+        if not self.backend.channel_contiguous:
+            return None
+        # torch's product with such a weight can be a hundred times slower than the backend's, where nothing is dropped.
+        every = SparseTensors(self.tensors().weight, self.bias, self.threshold.new_full((), -1.0))
+        return self.backend.run(x, (every,))[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(bfloat16) must not round thresholds and scales: keep their fp32 values, follow the device only.
@@ -107,9 +124,8 @@ class SparseLinear(_SparseLayer, nn.Linear):  # type: ignore[misc]
         self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.switch.sparse:
-            return F.linear(x, self.weight, self.bias)
-        return self.backend.run(x, (self.tensors(),))[0]
+        y = self._run(x)
+        return F.linear(x, self.weight, self.bias) if y is None else y
 
 
 class SparseConv1D(_SparseLayer, Conv1D):  # type: ignore[misc]
@@ -136,10 +152,8 @@ class SparseConv1D(_SparseLayer, Conv1D):  # type: ignore[misc]
         return SparseTensors(self.weight.t(), self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.switch.sparse:
-            dense: Tensor = Conv1D.forward(self, x)  # type: ignore[no-untyped-call]
-            return dense
-        return self.backend.run(x, (self.tensors(),))[0]
+        y = self._run(x)
+        return Conv1D.forward(self, x) if y is None else y  # type: ignore[no-untyped-call, no-any-return]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -53,6 +53,7 @@ class SparsifyQuantizer(HfQuantizer):
         for layer in sparse_layers(model).values():
             layer.bind()
         set_prefill(model, os.environ.get(PREFILL_VARIABLE) or self.quantization_config.prefill)
+        _decode_natively(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -84,6 +85,14 @@ def attach(model: PreTrainedModel, config: SparsifyConfig) -> None:
     marked.is_quantized = True
     marked.quantization_method = QUANT_METHOD
     set_prefill(model, config.prefill)
+    _decode_natively(model)
+
+
+def _decode_natively(model: PreTrainedModel) -> None:
+    # Imported here: it needs more of transformers than there is when this module is imported.
+    from sparsify.native_decode import enable_where_possible
+
+    enable_where_possible(model)
 
 
 def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
