@@ -153,7 +153,7 @@ class SparseConv1D(_SparseLayer, Conv1D):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._run(x)
-        return Conv1D.forward(self, x) if y is None else y  # type: ignore[no-untyped-call, no-any-return]
+        return Conv1D.forward(self, x) if y is None else y  # type: ignore[no-untyped-call]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -53,7 +53,8 @@ class CacheBuffers:
 
     def make_room(self) -> None:
         """Makes sure that one more token fits."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         if self.start + self.length < self.keys.shape[3]:
             return
         filled = slice(self.start, self.start + self.length)
@@ -68,17 +69,22 @@ class CacheBuffers:
 
     def point(self, blocks: Any) -> None:
         """Sets the cache pointers of the library's blocks."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         layer, sequence, head, token, _ = self.keys.stride()
         size = self.keys.element_size()
-        keys, values = self.keys.data_ptr() + self.start * token * size, self.values.data_ptr() + self.start * token * size
+        keys, values = (
+            self.keys.data_ptr() + self.start * token * size,
+            self.values.data_ptr() + self.start * token * size,
+        )
         for index, block in enumerate(blocks):
             block.keys, block.values = keys + index * layer * size, values + index * layer * size
             block.sequence_stride, block.head_stride, block.length = sequence, head, self.length
 
     def append(self, layers: list[Any], window: int | None) -> None:
         """Gives the layers views that hold the token just written; a sliding window keeps its last window − 1."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         self.length += 1
         if window is not None and self.length > window - 1:
             self.start, self.length = self.start + 1, window - 1
@@ -112,7 +118,13 @@ def usable(cache: object, windows: list[int | None], batch: int, dtype: torch.dt
         return None
     first = layers[0].keys
     shapes = {(layer.keys.shape, layer.values.shape) for layer in layers}
-    if first.dim() != 4 or not 0 < first.shape[2] or first.shape[0] != batch or first.dtype != dtype or len(shapes) != 1:
+    if (
+        first.dim() != 4
+        or not first.shape[2] > 0
+        or first.shape[0] != batch
+        or first.dtype != dtype
+        or len(shapes) != 1
+    ):
         return None
     return layers if first.device.type == "cpu" else None
 

@@ -18,11 +18,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparsify.errors import SparsifyError
 from sparsify.native_cache import MOST_SEQUENCES, buffers_of, usable
-from sparsify.native_plan import NativePlan, problem
+from sparsify.native_plan import NativePlan, has_hooks, problem
 
 # Positions whose rotation is computed at once.
 _ANGLES = 256
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
 
 
 def enable(model: PreTrainedModel) -> None:
@@ -31,7 +39,7 @@ def enable(model: PreTrainedModel) -> None:
     if reason is not None:
         raise SparsifyError(f"{type(model).__name__} cannot decode natively: {reason}")
     if native_forward_of(model) is None:
-        model.forward = NativeForward(model)  # type: ignore[method-assign]
+        model.forward = NativeForward(model)
 
 
 def enable_where_possible(model: PreTrainedModel) -> bool:
@@ -125,7 +133,7 @@ class NativeForward:
     def _current_plan(self) -> NativePlan | None:
         if self._plan is None or not self._plan.is_current():
             # A model that was changed is looked at anew: it may no longer be one that can.
-            self._plan = None if problem(self.model) is not None or _has_hooks(self.model) else NativePlan(self.model)
+            self._plan = None if problem(self.model) is not None or has_hooks(self.model) else NativePlan(self.model)
             self._angles = None
         return self._plan
 
@@ -139,10 +147,6 @@ class NativeForward:
             self._angles = (first, cosine[0].contiguous(), sine[0].contiguous())
         first, cosine, sine = self._angles
         return cosine[position - first], sine[position - first]
-
-
-def _has_hooks(model: PreTrainedModel) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for name, m in model.named_modules() if name)
 
 
 def _is_plain(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
@@ -165,4 +169,3 @@ def _at_position(kwargs: dict[str, Any], position: int) -> bool:
     if mask is not None and (mask.dim() != 2 or mask.shape[1] != position + 1 or not bool(mask.all())):
         return False
     return positions is None or (positions.numel() > 0 and bool((positions == position).all()))
-

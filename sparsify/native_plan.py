@@ -21,6 +21,7 @@ _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 # Rotary embeddings whose angles depend on nothing but the position.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ATTENTIONS = ("sdpa", "eager")
+_CAPTURE = "transformers.utils.output_capturing"
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -61,10 +62,14 @@ def _wrong_modules(model: PreTrainedModel) -> str | None:
             if module.backend.name != "native":
                 return f"{name} runs on the backend {module.backend.name}"
             continue
-        known = type(module).__module__ in (type(model).__module__, "transformers.activations", "torch.nn.modules.activation")
+        known = type(module).__module__ in (
+            type(model).__module__,
+            "transformers.activations",
+            "torch.nn.modules.activation",
+        )
         if not known and type(module) not in (nn.Linear, nn.Embedding, nn.ModuleList):
             return f"{name} is a {type(module).__qualname__}, not a part of {family}"
-        if any("forward" in m.__dict__ for m in (module,)):
+        if "forward" in module.__dict__:
             return f"the forward of {name} was replaced"
     if type(model.lm_head) is not nn.Linear:
         return f"lm_head is a {type(model.lm_head).__qualname__}"
@@ -151,13 +156,13 @@ class NativePlan:
         self._children = [(m._modules, name, child) for m in modules.values() for name, child in m._modules.items()]
         self._slots = [(slots, name, t) for m in modules.values() for slots, name, t in _slots(m)]
         inner = [m for name, m in modules.items() if name]
-        self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = _hooks_of(model)
         self._dicts = [m.__dict__ for m in inner]
 
     def is_current(self) -> bool:
         """Whether every module, parameter and buffer is still the one that the structs point to, without a hook."""
         return (
-            not any(self._hooks)
+            not (any(self._hooks) and _is_hooked(self._hooks))
             and all(children.get(name) is child for children, name, child in self._children)
             and all(slots.get(name) is tensor for slots, name, tensor in self._slots)
             and [t.data_ptr() for t in self._tensors] == self._pointers
@@ -188,6 +193,21 @@ class NativePlan:
         if status:
             raise IndexError(f"a token of {flat.tolist()} is outside of the vocabulary of {self.vocabulary}")
         return logits
+
+
+def has_hooks(model: PreTrainedModel) -> bool:
+    """Whether a module inside of the model has a forward hook that the native step would not call."""
+    return _is_hooked(_hooks_of(model))
+
+
+def _hooks_of(model: PreTrainedModel) -> list[Any]:
+    inner = [module for name, module in model.named_modules() if name]
+    return [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
+
+def _is_hooked(every: list[Any]) -> bool:
+    # transformers leaves its hooks for hidden states in the model once they were asked for; they do nothing otherwise.
+    return any(hook.__module__ != _CAPTURE for hooks in every for hook in hooks.values())
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[Any, str, Tensor | None]]:

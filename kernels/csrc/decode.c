@@ -172,6 +172,8 @@ static void attend(const step *s, const step_own *own, const step_room *room, co
     for (int64_t i = 0; i < n; i++) scores[before] += own->query[i] * own->key[i];
     for (int64_t i = 0; i <= before; i++) scores[i] *= (float)m->scaling;
     float by = 1.0f / table->softmax(scores, before + 1);
+    /* As torch's attention does before it multiplies by the values. */
+    table->round[dtype](scores, before + 1);
     memset(out, 0, (size_t)n * sizeof(float));
     for (int64_t i = 0; i < before; i += s->inputs) {
         int64_t count = before - i < s->inputs ? before - i : s->inputs;

@@ -5,10 +5,22 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 #include "pool.h"
 
 static const sp_kernels *in_use = NULL;
+
+#if defined(__x86_64__)
+/* __builtin_cpu_supports knows f16c by name only from GCC 11 on, and clang 14 does not. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 static int here(const sp_kernels *table) {
 #if defined(__x86_64__)
@@ -17,7 +29,7 @@ static int here(const sp_kernels *table) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (table == &sp_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
     (void)table;
     return 1;

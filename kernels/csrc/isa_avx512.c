@@ -46,5 +46,6 @@ static int64_t compact(const float *x, const float *scale, float threshold, int6
     }
     return count;
 }
+#define V_SUM _mm512_reduce_add_ps
 
 #include "body.h"

@@ -18,5 +18,6 @@
 #define V_LOAD_f16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&(p)->bits)))
 #define V_STORE_f16(p, v) vst1_u16(&(p)->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)))
 #define ONE_FMA(a, b, c) fmaf(a, b, c)
+#define V_SUM vaddvq_f32
 
 #include "body.h"

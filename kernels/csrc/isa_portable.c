@@ -32,5 +32,6 @@ static inline four V_LOAD_bf16(const sp_bf16 *p) {
 static inline four V_LOAD_f16(const sp_f16 *p) {
     return (four){{sp_from_f16(p[0].bits), sp_from_f16(p[1].bits), sp_from_f16(p[2].bits), sp_from_f16(p[3].bits)}};
 }
+#define V_SUM(v) ((v).lane[0] + (v).lane[2] + ((v).lane[1] + (v).lane[3]))
 
 #include "body.h"
