@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 # One stamp for each set of packages: an install runs again only when what it was made from changes.
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
+# The native CPU kernels: the install makes them, this rule makes them again when they change.
+LIBRARY := kernels/libsparsify_native.so
 DEMO := demo
 
 .PHONY: demo test lint types pytest wheel install clean
 .DELETE_ON_ERROR:
 
-demo: $(RUNTIME)
+demo: $(RUNTIME) $(LIBRARY)
 	@$(BIN)/python -m sparsify.cli.demo $(DEMO)
 
 test: lint types pytest
@@ -24,13 +26,13 @@ lint: $(DEVELOPMENT)
 types: $(DEVELOPMENT)
 	$(BIN)/mypy
 
-pytest: $(DEVELOPMENT)
+pytest: $(DEVELOPMENT) $(LIBRARY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 wheel: $(DEVELOPMENT)
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-install: $(RUNTIME)
+install: $(RUNTIME) $(LIBRARY)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -45,6 +47,10 @@ $(DEVELOPMENT): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	@touch $@ $(RUNTIME)
 
+# Where it cannot be made, a line says why and the work goes on without it: never with one of older sources.
+$(LIBRARY): $(wildcard kernels/csrc/*.[ch]) kernels/build.py setup.py | $(BIN)/python
+	@$(BIN)/python -m sparsify.kernels.build || { rm -f $@; [ "$$SPARSIFY_REQUIRE_NATIVE" != 1 ]; }
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LIBRARY) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,5 +15,7 @@ def channel_contiguous(weight: Tensor) -> Tensor:
         return weight.t().contiguous().t()
     out = torch.empty(weight.shape[::-1], dtype=weight.dtype)
     # Half the time of torch's copy (23 MB: 11 ms against 23 ms on 2 cores).
-    native.sp_transpose(weight.data_ptr(), out.data_ptr(), *weight.shape, weight.element_size(), torch.get_num_threads())
+    native.sp_transpose(
+        weight.data_ptr(), out.data_ptr(), *weight.shape, weight.element_size(), torch.get_num_threads()
+    )
     return out.t()

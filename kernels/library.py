@@ -95,7 +95,7 @@ _SIGNATURES = {
     "sp_decode": (c_int, (POINTER(CDecoder), c_void_p, c_int64, c_void_p, c_void_p, c_int, c_void_p, c_int)),
     "sp_read": (c_int64, (c_void_p, c_int64, c_int)),
     "sp_transpose": (c_int, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int)),
-    "sp_page_out": (c_int, (c_void_p, c_int64)),
+    "sp_forget_mapped": (c_int, (c_void_p, c_int64)),
 }
 
 

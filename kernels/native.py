@@ -31,20 +31,17 @@ def run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
 
     Raises SparsifyError for tensors that the kernels cannot take: another dtype, device, shape or layout.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _needs_grad(x, site)):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and needs_grad(x, site)):
         return [native_linear(x, t.weight, t.bias, t.threshold, t.scale, t.lr_a, t.lr_b) for t in site]
     return _run(x, site)
 
 
 def _run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
-    inputs = x.shape[-1]
+    rows = rows_of(x)
+    tokens, inputs = rows.shape
     linears = [checked(x.dtype, inputs, tensors) for tensors in site]
-    if x.device.type != "cpu":
-        raise SparsifyError(f"the native kernels run on the CPU, the input is on {x.device}")
-    tokens = x.numel() // max(inputs, 1)
     if tokens >= (_BLAS_FROM if _has_product(x.dtype) else _WIDENED_BLAS_FROM):
         return [_many_tokens(x, tensors) for tensors in site]
-    rows = x.detach().reshape(tokens, inputs).contiguous()
     outputs = [torch.empty(tokens, t.weight.shape[0], dtype=x.dtype) for t in site]
     for start in range(0, len(site), library.MAX_SITE):
         _few_tokens(rows, linears[start : start + library.MAX_SITE], outputs[start : start + library.MAX_SITE])
@@ -95,13 +92,29 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _has_product(dtype: torch.dtype) -> bool:
     mkldnn: Any = torch.ops.mkldnn
-    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return dtype == torch.float32
     if dtype == torch.bfloat16:
         return bool(mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
         return bool(mkldnn._is_mkldnn_fp16_supported())
     return True
+
+
+def needs_grad(x: Tensor, site: Sequence[SparseTensors]) -> bool:
+    """Returns whether the input or a tensor of the site is trained."""
+    trained = (t for tensors in site for t in (tensors.weight, tensors.bias, tensors.lr_a, tensors.lr_b))
+    return x.requires_grad or any(t is not None and t.requires_grad for t in trained)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Returns the input x [..., I] as rows [T, I] in one piece. Raises SparsifyError for what it cannot take."""
+    if x.device.type != "cpu":
+        raise SparsifyError(f"the native kernels run on the CPU, the input is on {x.device}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise SparsifyError(f"the input has the shape {list(x.shape)}: it has no channels")
+    inputs = x.shape[-1]
+    return x.detach().resolve_neg().reshape(x.numel() // inputs, inputs).contiguous()
 
 
 def checked(dtype: torch.dtype, inputs: int, t: SparseTensors, kept: Tensor | None = None) -> library.CLinear:
@@ -111,8 +124,10 @@ def checked(dtype: torch.dtype, inputs: int, t: SparseTensors, kept: Tensor | No
     """
     if dtype not in library.DTYPES:
         raise SparsifyError(f"the native kernels take float32, bfloat16 and float16, not {dtype}")
-    _check(t.weight, "weight", dtype, (t.weight.shape[0], inputs) if t.weight.dim() == 2 else (-1, inputs))
+    if t.weight.dim() != 2 or t.weight.shape[1] != inputs:
+        raise SparsifyError(f"the input has {inputs} channels, which a weight of {list(t.weight.shape)} does not take")
     outputs, rank = t.weight.shape[0], 0
+    _check(t.weight, "weight", dtype, (outputs, inputs))
     by_rows = not (t.weight.stride(0) == 1 and t.weight.stride(1) >= outputs)
     if by_rows and not (t.weight.stride(1) == 1 and t.weight.stride(0) >= inputs):
         raise SparsifyError(f"weight [{outputs}, {inputs}] has strides {t.weight.stride()}: one of them must be 1")
@@ -132,7 +147,9 @@ def checked(dtype: torch.dtype, inputs: int, t: SparseTensors, kept: Tensor | No
         _check(t.lr_a, "lr_a", dtype, (rank, inputs), contiguous=True)
         _check(t.lr_b, "lr_b", dtype, (outputs, rank))
         if not t.lr_b.t().is_contiguous():
-            raise SparsifyError(f"lr_b [{outputs}, {rank}] has strides {t.lr_b.stride()}: it must be channel-contiguous")
+            raise SparsifyError(
+                f"lr_b [{outputs}, {rank}] has strides {t.lr_b.stride()}: it must be channel-contiguous"
+            )
     return library.CLinear(
         t.weight.data_ptr(),
         stride,
@@ -148,13 +165,13 @@ def checked(dtype: torch.dtype, inputs: int, t: SparseTensors, kept: Tensor | No
     )
 
 
-def _check(
-    tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], *, contiguous: bool = False
-) -> None:
+def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], *, contiguous: bool = False) -> None:
     if tensor.dtype != dtype:
         raise SparsifyError(f"{name} is {tensor.dtype}, the native kernels need {dtype} here")
     if tensor.device.type != "cpu":
         raise SparsifyError(f"{name} is on {tensor.device}, the native kernels run on the CPU")
+    if tensor.is_neg():
+        raise SparsifyError(f"{name} is a negative view: resolve_neg() of it is what the native kernels can read")
     if tuple(tensor.shape) != shape:
         raise SparsifyError(f"{name} has the shape {list(tensor.shape)}, it must be {list(shape)}")
     if contiguous and not tensor.is_contiguous():
@@ -185,6 +202,10 @@ def _native_linear_shape(
     lr_a: Tensor | None,
     lr_b: Tensor | None,
 ) -> Tensor:
+    # It answers too where only one of them is on meta: outputs that nobody computes.
+    for other in (weight, bias, threshold, scale, lr_a, lr_b):
+        if other is not None and other.device != x.device:
+            raise SparsifyError(f"the input is on {x.device}, a tensor of its linear on {other.device}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -195,9 +216,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The mask is constant almost everywhere: gradients flow through what was kept, and through B A for the rest."""
     x, weight, bias, threshold, scale, lr_a, lr_b = ctx.saved_tensors
-    keep = keep_mask(x, threshold, scale)
-    rows, g = x.flatten(0, -2), grad.flatten(0, -2)
-    kept = keep.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
+    g = grad.reshape(len(rows), grad.shape[-1])
+    kept = keep_mask(rows, threshold, scale)
     grad_x = torch.where(kept, g @ weight, 0.0)
     grad_a = grad_b = None
     if lr_a is not None:
@@ -213,13 +234,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 native_linear.register_autograd(_backward, setup_context=_save)
 
 
-def _needs_grad(x: Tensor, site: Sequence[SparseTensors]) -> bool:
-    trained = (t for tensors in site for t in (tensors.weight, tensors.bias, tensors.lr_a, tensors.lr_b))
-    return x.requires_grad or any(t is not None and t.requires_grad for t in trained)
-
-
 def _supports(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> bool:
-    return device.type == "cpu" and dtype in library.DTYPES and library.load() is not None
+    return _is_ours(device, dtype) and library.load() is not None
 
 
-BACKEND = Backend(name="native", priority=10, channel_contiguous=True, supports=_supports, run=run)
+def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    return library.missing() if _is_ours(device, dtype) else None
+
+
+def _is_ours(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in library.DTYPES
+
+
+BACKEND = Backend(name="native", priority=10, channel_contiguous=True, supports=_supports, run=run, missing=_missing)

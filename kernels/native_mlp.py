@@ -2,7 +2,8 @@
 
 The product is rounded to the dtype as a module would; with `relu` (and `cut`, FATReLU: act(g) = g where g > cut, else
 0) and a row-major up, up's rows are computed only for the neurons whose gate is not 0: one token reads only those rows
-and the columns of down that belong to them. Not covered: more than 8 tokens, activations without a name here.
+and the columns of down that belong to them. Not covered: more than 8 tokens, activations without a name here,
+gradients.
 """
 
 from ctypes import byref
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError, UnavailableError, suggest
 from sparsify.kernels import library
-from sparsify.kernels.native import checked
+from sparsify.kernels.native import checked, needs_grad, rows_of
 from sparsify.kernels.spec import SparseTensors
 
 
@@ -22,13 +23,11 @@ def gated_mlp(
     """Returns y [..., D] for x [..., I] of at most 8 tokens; gate and up are [F, I], down is [D, F].
 
     activation: silu, gelu, gelu_pytorch_tanh or relu, with a cut for relu only. Raises SparsifyError for tensors
-    that do not fit together or that the kernels cannot take.
+    that do not fit together, that the kernels cannot take, or that need a gradient.
     """
     native = library.load()
     if native is None:
         raise UnavailableError(str(library.missing()))
-    inputs, neurons = x.shape[-1], gate.weight.shape[0]
-    tokens = x.numel() // max(inputs, 1)
     if activation not in library.ACTIVATIONS:
         known = ", ".join(library.ACTIVATIONS)
         raise SparsifyError(
@@ -36,13 +35,18 @@ def gated_mlp(
         )
     if cut and activation != "relu":
         raise SparsifyError(f"a cut of {cut} is for relu (FATReLU), not for {activation}")
-    if up.weight.shape[0] != neurons:
-        raise SparsifyError(f"gate has {neurons} neurons, up has {up.weight.shape[0]}")
+    if torch.is_grad_enabled() and needs_grad(x, (gate, up, down)):
+        raise SparsifyError("the gated MLP in one call has no gradients: call it under torch.no_grad()")
+    rows = rows_of(x)
+    tokens, inputs = rows.shape
+    gate_part, up_part = (checked(x.dtype, inputs, t) for t in (gate, up))
+    neurons = gate_part.outputs
+    if up_part.outputs != neurons:
+        raise SparsifyError(f"gate has {neurons} neurons, up has {up_part.outputs}")
+    down_part = checked(x.dtype, neurons, down)
     if not 1 <= tokens <= library.MAX_TOKENS:
         raise SparsifyError(f"the gated MLP takes 1 to {library.MAX_TOKENS} tokens, not {tokens}")
-    linears = [checked(x.dtype, size, t) for t, size in ((gate, inputs), (up, inputs), (down, neurons))]
-    rows = x.detach().reshape(tokens, inputs).contiguous()
-    y = torch.empty(tokens, down.weight.shape[0], dtype=x.dtype)
+    y = torch.empty(tokens, down_part.outputs, dtype=x.dtype)
     status = native.sp_mlp(
         library.DTYPES[x.dtype],
         library.ACTIVATIONS[activation],
@@ -50,7 +54,7 @@ def gated_mlp(
         rows.data_ptr(),
         inputs,
         tokens,
-        *(byref(linear) for linear in linears),
+        *(byref(linear) for linear in (gate_part, up_part, down_part)),
         y.data_ptr(),
         torch.get_num_threads(),
     )

@@ -40,3 +40,6 @@ class Backend:
     channel_contiguous: bool
     supports: Callable[[torch.device, torch.dtype, int, int], bool]
     run: Callable[[Tensor, Sequence[SparseTensors]], list[Tensor]]
+    # What this installation lacks for the backend to support this device and dtype, in one line; None where it lacks
+    # nothing, or where they are not the backend's.
+    missing: Callable[[torch.device, torch.dtype], str | None] | None = None

@@ -101,7 +101,9 @@ static float sum_of_squares(const float *x, int64_t n) {
 
 /* exp by 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within 2 ulp; 0 and infinity at the ends. */
 INLINE float exp_one(float x) {
-    float clamped = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
+    /* A NaN is clamped too: it has no integer. */
+    float clamped = x > -104.0f ? x : -104.0f;
+    clamped = clamped < 89.0f ? clamped : 89.0f;
     float n = clamped * 1.44269504f;
     n = (n + 12582912.0f) - 12582912.0f;
     float r = clamped - n * 0.693359375f;
@@ -170,6 +172,7 @@ static uint64_t read_all(const void *data, int64_t size) {
         for (int l = 0; l < 32; l++) part[l] += words[i + l];
     }
     for (; i < count; i++) part[0] += words[i];
+    if (size % 8) memcpy(&total, words + count, (size_t)(size % 8));
     for (int l = 0; l < 32; l++) total += part[l];
     return total;
 }

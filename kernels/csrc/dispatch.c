@@ -12,7 +12,8 @@
 #include "kernels.h"
 #include "pool.h"
 
-static const sp_kernels *in_use = NULL;
+/* Atomic, because the first call's threads all look for it. */
+static const sp_kernels *_Atomic in_use = NULL;
 
 #if defined(__x86_64__)
 /* __builtin_cpu_supports knows f16c by name only from GCC 11 on, and clang 14 does not. */
@@ -51,8 +52,9 @@ static const sp_kernels *nth(int index) {
 }
 
 const sp_kernels *sp_table(void) {
-    if (!in_use) in_use = nth(0);
-    return in_use;
+    const sp_kernels *table = atomic_load_explicit(&in_use, memory_order_relaxed);
+    if (!table) atomic_store_explicit(&in_use, table = nth(0), memory_order_relaxed);
+    return table;
 }
 
 int sp_abi(void) { return SP_ABI; }
@@ -146,14 +148,10 @@ static int whole_pages(const void *data, int64_t size, void **begin, size_t *len
     return last > first;
 }
 
-int sp_page_out(const void *data, int64_t size) {
-#if defined(MADV_PAGEOUT)
+int sp_forget_mapped(const void *data, int64_t size) {
     void *begin;
     size_t length;
-    if (whole_pages(data, size, &begin, &length)) madvise(begin, length, MADV_PAGEOUT);
-#else
-    (void)data, (void)size;
-#endif
+    if (whole_pages(data, size, &begin, &length)) madvise(begin, length, MADV_DONTNEED);
     return SP_OK;
 }
 

@@ -105,8 +105,9 @@ SP_EXPORT int64_t sp_read(const void *data, int64_t size, int threads);
 /* Transposes [rows, columns] of elements of 2 or 4 bytes into out [columns, rows]. */
 SP_EXPORT int sp_transpose(const void *data, void *out, int64_t rows, int64_t columns, int64_t element_size,
                            int threads);
-/* Tells the system that these pages of a file or of memory are not needed soon; their contents stay. */
-SP_EXPORT int sp_page_out(const void *data, int64_t size);
+/* Gives back the memory of whole pages in [data, data + size), which must be a private mapping of a file that nobody
+ * wrote to: they are read from the file again when they are touched. */
+SP_EXPORT int sp_forget_mapped(const void *data, int64_t size);
 /* Asks for large pages for this memory, before it is first written. */
 SP_EXPORT int sp_advise_huge(const void *data, int64_t size);
 
