@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.linear import SparsitySwitch, is_linear, make_sparse
+from sparsify.mapped import MappedWeights
 from sparsify.preflight import check_files, check_loaded
 from sparsify.runtime import set_prefill, sparse_layers
 
@@ -50,8 +51,12 @@ class SparsifyQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
+        mapped = MappedWeights()
         for layer in sparse_layers(model).values():
+            loaded = layer.weight.data
             layer.bind()
+            if layer.weight.data_ptr() != loaded.data_ptr():
+                mapped.forget(loaded)
         set_prefill(model, os.environ.get(PREFILL_VARIABLE) or self.quantization_config.prefill)
         _decode_natively(model)
         return model
