@@ -15,11 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparsify.cli.bench import statement
+from sparsify.cli.bench_view import cache_note
 from sparsify.cli.output import byte_count, make_table, percent, print_error
 
 _MODEL, _METHOD, _SPARSITY = "reference", "rsparse", "0.5"
 _PROMPT = "def read_lines(path):"
+# A shape whose weights are read from memory, as those of the models that people use are.
+_SHAPE, _SHAPE_MEMORY = "tinyllama-1.1b", 8 << 30
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +31,8 @@ def main(arguments: list[str]) -> int:
     console = Console(highlight=False)
     if not _make_room(console, folder, checkpoint):
         return 2
-    for command in commands(folder, checkpoint):
+    reason = shape_problem()
+    for command in commands(folder, checkpoint, shape=reason is None):
         _show(console, command)
         code = subprocess.run([*_sparsify(), *command[1:]], check=False).returncode
         if code:
@@ -37,26 +40,53 @@ def main(arguments: list[str]) -> int:
             return code
     console.print()
     quality = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["models"][0]
-    speed = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
-    console.print(summary(quality, speed))
-    console.print(f"[bold]{statement(speed)}[/]")
+    speeds = [json.loads(path.read_text(encoding="utf-8")) for path in results(folder) if path.is_file()]
+    console.print(summary(quality, speeds))
+    for speed in speeds:
+        said = " ".join(filter(None, (f"{speed['title']}: {speed['statement']}", cache_note(speed))))
+        console.print(f"[bold]{said}[/]")
+    if reason is not None:
+        console.print(f"Not measured: {_SHAPE}, {reason}.")
     console.print(f"Next: sparsify inspect {checkpoint}", soft_wrap=True)
     return 0
 
 
-def commands(folder: Path, checkpoint: Path) -> list[list[str]]:
+def results(folder: Path) -> tuple[Path, Path]:
+    """Returns the files of `sparsify bench`: of the model, and of the shape where that is measured."""
+    return folder / "bench.json", folder / "bench-shape.json"
+
+
+def shape_problem() -> str | None:
+    """Returns why a larger shape cannot be measured here, None where it can."""
+    import torch
+
+    from sparsify.evals.machine import available_memory
+    from sparsify.kernels import library
+
+    free = available_memory(torch.device("cpu"))
+    if library.load() is None:
+        return library.missing()
+    if free is None or free < _SHAPE_MEMORY:
+        return f"which wants {byte_count(_SHAPE_MEMORY)} of free memory, and {byte_count(free)} are there"
+    return None
+
+
+def commands(folder: Path, checkpoint: Path, *, shape: bool) -> list[list[str]]:
     """Returns the command lines of the demo, in order."""
     sparse = str(checkpoint)
+    model_file, shape_file = map(str, results(folder))
+    larger = ["--shape", _SHAPE, "--sparsity", "0.5", "--sparsity", "0.7", "--rounds", "3", "--new-tokens", "16"]
     return [
         ["sparsify", "convert", _MODEL, "--method", _METHOD, "--sparsity", _SPARSITY, "--out", sparse],
         ["sparsify", "eval", sparse, "--seq-len", "512", "--limit", "32", "--save", str(folder / "eval.json")],
         ["sparsify", "generate", sparse, "--prompt", _PROMPT, "--max-new-tokens", "64"],
-        ["sparsify", "bench", sparse, "--save", str(folder / "bench.json")],
+        ["sparsify", "bench", sparse, "--save", model_file],
+        *([["sparsify", "bench", *larger, "--save", shape_file]] if shape else []),
     ]
 
 
-def summary(quality: dict[str, Any], speed: dict[str, Any]) -> Table:
-    """Returns the table of `sparsify eval`'s and `sparsify bench`'s results, dense against sparse."""
+def summary(quality: dict[str, Any], speeds: list[dict[str, Any]]) -> Table:
+    """Returns the table of `sparsify eval`'s and `sparsify bench`'s results, the fastest dense side against sparse."""
     table = make_table(
         f"{_MODEL}, {_METHOD} at {percent(quality['nominal_sparsity'], 0)}: measured", "", "dense", "sparse"
     )
@@ -67,7 +97,12 @@ def summary(quality: dict[str, Any], speed: dict[str, Any]) -> Table:
         table.add_row(f"{label} sparsity", percent(0.0), percent(quality[f"{kind}_sparsity"]))
     sizes = [byte_count(quality[f"{name}_bytes_per_token"]) for name in ("dense", "touched")]
     table.add_row("bytes of weights touched per token", *sizes)
-    table.add_row("tokens per second", *(f"{speed[name]['tokens_per_second']:.1f}" for name in ("dense", "sparse")))
+    for speed in speeds:
+        name = _SHAPE if speed["random_weights"] else "this model"
+        best = speed["sides"][speed["best_dense"]]["tokens_per_second"]
+        for side in (side for side in speed["sides"].values() if side["sparse"]):
+            at = percent(side["touched"]["realised_sparsity"], 0)
+            table.add_row(f"tokens per second, {name} at {at}", f"{best:.1f}", f"{side['tokens_per_second']:.1f}")
     return table
 
 
@@ -80,6 +115,8 @@ def _make_room(console: Console, folder: Path, checkpoint: Path) -> bool:
         _show(console, ["rm", "-r", str(checkpoint)])
         shutil.rmtree(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
+    # Not shown as this run's where this run does not measure it.
+    results(folder)[1].unlink(missing_ok=True)
     return True
 
 

@@ -1,225 +1,227 @@
-"""Decode speed of a converted model, dense against sparse, interleaved in one process.
+"""Decode speed of a model: sparse, the dense ways to run the same weights, and the machine's memory, in one run.
 
-The same loop for both: prefill the prompt, a few unmeasured steps, then one-token greedy steps on a dynamic KV cache,
-each timed with the device waited for. Dense and sparse take turns round by round, so that a machine that slows down
-slows both, and the ratio is paired by round. Dense here is the same model with its layers switched to dense, in eager
-mode: not the strongest dense baseline there is (compiled, graphed), which is to be reported beside it.
-Not covered: batch serving, prefill speed, energy.
+All sides take turns round by round and are fed the same tokens (`decoding`). The dense sides are the converted weights
+with sparsity off and, given a row-major copy of the weights, that copy by our native step, by transformers' default
+code, and compiled. The headline is sparse against the fastest dense side of the run, whichever it is.
+Not covered: prefill speed, serving, energy; weight bytes are counted, those of the key-value cache are not.
 """
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-import sparsify
 from sparsify.errors import SparsifyError
-from sparsify.evals.realised import RealisedDensity
-from sparsify.ledger import ledger_of, rest_bytes
+from sparsify.evals.decoding import WARM_UP_STEPS, Side, count, decode
+from sparsify.evals.interleaving import Progress, Spread, in_turns, medians, ratio
+from sparsify.evals.machine import CpuWait, environment, last_level_cache
+from sparsify.evals.sides import CHECKED_STEPS, first_runs, logits_difference, prepared, sides_of
+from sparsify.evals.stream import Stream
+from sparsify.ledger import Ledger, ledger_of, rest_bytes
+from sparsify.methods.teal import Teal
 from sparsify.models import check_context
-from sparsify.runtime import dense, sparse_layers, switch_of
+from sparsify.native_plan import problem
+from sparsify.runtime import sparse_layers, switch_of
 
-_WARM_UP_STEPS = 4
-_COPY_BYTES = 1 << 27
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, 10th and 90th percentile."""
-
-    median: float
-    p10: float
-    p90: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        ordered = sorted(values)
-        last = len(ordered) - 1
-        return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+PROTOCOL = (
+    "every side fed the same tokens, head and argmax included, eager with a dynamic cache (compiled: a static one), "
+    "sides in turns by round, another one first each time"
+)
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """One side: milliseconds a step, tokens a second, weight bytes a token touches, and their GB/s."""
+class Touched:
+    """What one side touches: weight bytes of a step, and the share of the converted linears' bytes it leaves out.
 
+    bytes_per_step: at batch > 1 those of the union of its tokens' channels; realised: of a token, in the timed steps.
+    """
+
+    bytes_per_step: float
+    nominal_sparsity: float
+    weighted_sparsity: float
+    realised_sparsity: float
+
+
+@dataclass(frozen=True)
+class SideSpeed:
+    """What one side measured.
+
+    path: what ran its steps, by count and not by plan; share_of_stream: GB/s of touched weights over the stream's GB/s
+    of the same round; limit_ms: what the stream takes for those bytes; fits_in_cache: they may stay in the last-level
+    cache from step to step, so that memory is not the limit; logits_difference: as in `Side`.
+    """
+
+    about: str
+    path: str
+    sparse: bool
     ms_per_step: Spread
+    ms_by_round: list[float]
     tokens_per_second: float
-    bytes_per_token: float
+    touched: Touched
     gb_per_second: float
+    share_of_stream: Spread
+    limit_ms: float
+    fits_in_cache: bool | None
+    logits_difference: float | None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Dense and sparse decoding of one model. ratio: dense / sparse step time, one value a round (above 1: faster).
+    """All sides by name. ratios[a][b]: how many times as fast a is as b, from the medians of each round.
 
-    bytes_per_token counts all weights that a token touches, the sparse side with the densities of this very run;
-    at batch > 1 those of one token, not of the batch's union. copy_gb_per_second: what a plain copy reads and writes
-    here. A dense model has the dense side only.
+    best_dense: the dense side with the shortest median step; left_out: sides that are not here, and why;
+    native_problem: why the model cannot have the native step; prefill: how a sparse side's prompt ran; waited_for_cpu:
+    the share of `CpuWait` over the rounds, not 0 on a machine that is busy.
     """
 
-    dense: Decoding
-    sparse: Decoding | None
-    ratio: Spread | None
-    realised_sparsity: float | None
+    sides: dict[str, SideSpeed]
+    ratios: dict[str, dict[str, Spread]]
+    best_dense: str
+    left_out: dict[str, str]
+    native_problem: str | None
+    stream: dict[str, Any]
     prompt_tokens: int
     new_tokens: int
     rounds: int
     batch: int
     prefill: str | None
-    protocol: str
     backends: list[str]
     dtype: str
-    device: str
-    threads: int
-    copy_gb_per_second: float
-    versions: dict[str, str]
-    date: str
+    protocol: str
+    waited_for_cpu: float | None
+    environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns one document, with what the environment holds at its top."""
+        document = asdict(self)
+        shared: dict[str, Any] = document.pop("environment")
+        return document | shared
 
 
 def decode_speed(
     model: PreTrainedModel,
-    prompt: Tensor,
+    tokens: Tensor,
     *,
-    new_tokens: int = 64,
+    prompt_tokens: int,
     rounds: int = 5,
-    progress: Callable[[int, int], None] | None = None,
+    rows: PreTrainedModel | None = None,
+    compiled: bool = False,
+    thresholds: Mapping[float, Mapping[str, float]] | None = None,
+    progress: Progress | None = None,
 ) -> Speed:
-    """Times `rounds` rounds of `new_tokens` steps after prompt [B, P] (int64), dense and sparse in turn.
+    """Measures every side that there is on tokens [B, S] int64: a prompt, WARM_UP_STEPS and the steps that count.
 
-    progress is called with (rounds done, rounds in all). Raises SparsifyError for a prompt that is empty or too long.
+    rows: the dense weights of a converted model once more, row-major; thresholds: TEAL's by sparsity and layer, with a
+    sparse side for each. Raises SparsifyError for tokens that are too few, too many for the model, or not [B, S].
     """
-    _check(model, prompt, new_tokens, rounds)
-    prompt = prompt.to(model.device)
-    sides = (True, False) if sparse_layers(model) else (True,)
-    steps: dict[bool, list[list[float]]] = {side: [] for side in sides}
-    was_training = model.training
-    model.train(False)
-    try:
-        with RealisedDensity(model) as realised:
-            for side in sides:
-                _decode(model, prompt, new_tokens, run_dense=side)
-        for index in range(rounds):
-            # Who goes first changes by round.
-            for side in sides if index % 2 == 0 else sides[::-1]:
-                steps[side].append(_decode(model, prompt, new_tokens, run_dense=side))
-            if progress is not None:
-                progress(index + 1, rounds)
-    finally:
-        model.train(was_training)
+    new_tokens = _check(model, tokens, prompt_tokens, rounds)
+    tokens = tokens.to(model.device)
+    with prepared(model, rows):
+        sides, failed = _working(sides_of(model, rows, compiled=compiled, thresholds=thresholds), tokens, prompt_tokens)
+        touched = {side.name: _touched(side, tokens, prompt_tokens) for side in sides}
+        stream = Stream(model.device)
+        turns: dict[str, Callable[[], list[float]]] = {"stream": stream.gb_per_second}
+        turns |= {side.name: _timed(side, tokens, prompt_tokens) for side in sides}
+        with CpuWait() as wait:
+            measured = in_turns(turns, rounds, progress)
+    speeds = medians(measured.pop("stream"))
+    results = {s.name: _result(s, measured[s.name], speeds, len(tokens), touched[s.name]) for s in sides}
     return Speed(
-        **_compared(model, steps, len(prompt), realised),
-        prompt_tokens=prompt.shape[1],
+        sides=results,
+        ratios={a: {b: ratio(measured[b], measured[a]) for b in measured if b != a} for a in measured},
+        best_dense=_fastest({name: side for name, side in results.items() if not side.sparse}),
+        left_out=failed,
+        native_problem=problem(model),
+        stream={"kind": stream.kind, "buffer_bytes": stream.size, "gb_per_second": asdict(Spread.of(speeds))},
+        prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
-        batch=len(prompt),
-        protocol="eager, dynamic KV cache, greedy, head included, dense and sparse interleaved by round",
-        **_environment(model),
+        batch=len(tokens),
+        prefill=switch_of(model).prefill if sparse_layers(model) else None,
+        backends=sorted({layer.backend.name for layer in sparse_layers(model).values()}),
+        dtype=str(model.dtype).removeprefix("torch."),
+        protocol=PROTOCOL,
+        waited_for_cpu=wait.share,
+        environment=environment(model.device),
     )
 
 
-def _compared(
-    model: PreTrainedModel, steps: dict[bool, list[list[float]]], batch: int, realised: RealisedDensity
-) -> dict[str, Any]:
-    if False not in steps:
-        side = _decoding(steps[True], batch, rest_bytes(model))
-        return {"dense": side, "sparse": None, "ratio": None, "realised_sparsity": None, "prefill": None}
-    ledger = ledger_of(model).with_densities(realised.densities())
-    pairs = zip(steps[True], steps[False], strict=True)
-    return {
-        "dense": _decoding(steps[True], batch, ledger.dense_bytes + ledger.rest_bytes),
-        "sparse": _decoding(steps[False], batch, ledger.touched_bytes + ledger.rest_bytes),
-        "ratio": Spread.of([statistics.median(a) / statistics.median(b) for a, b in pairs]),
-        "realised_sparsity": ledger.weighted_sparsity,
-        "prefill": switch_of(model).prefill,
-    }
+def _check(model: PreTrainedModel, tokens: Tensor, prompt_tokens: int, rounds: int) -> int:
+    """Returns how many steps are measured."""
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise SparsifyError(f"the tokens must be ids [batch, tokens], not of shape {list(tokens.shape)}")
+    new_tokens = tokens.shape[1] - prompt_tokens - WARM_UP_STEPS
+    if prompt_tokens < 1 or new_tokens < 1 or rounds < 1:
+        raise SparsifyError(
+            f"prompt, new tokens and rounds must be at least 1, not {prompt_tokens}, {new_tokens} and {rounds}"
+        )
+    check_context(model, tokens.shape[1])
+    return new_tokens
 
 
-def _check(model: PreTrainedModel, prompt: Tensor, new_tokens: int, rounds: int) -> None:
-    if prompt.dim() != 2 or prompt.numel() == 0:
-        raise SparsifyError(f"the prompt must be token ids [batch, tokens], not of shape {list(prompt.shape)}")
-    if new_tokens < 1 or rounds < 1:
-        raise SparsifyError(f"new tokens and rounds must be at least 1, not {new_tokens} and {rounds}")
-    check_context(model, prompt.shape[1] + _WARM_UP_STEPS + new_tokens)
+def _working(planned: Sequence[Side], tokens: Tensor, prompt_tokens: int) -> tuple[list[Side], dict[str, str]]:
+    """Returns the sides that run, with the path that they really take, and why others do not."""
+    runs, failed = first_runs(planned, tokens, prompt_tokens)
+    sides = []
+    for side in planned:
+        if side.name not in runs:
+            continue
+        # The native step leaves a call to transformers' code where something in the model asks for that.
+        path = side.path if side.path != "native" or runs[side.name].native_steps == CHECKED_STEPS else "transformers"
+        difference = logits_difference(side, runs, tokens, prompt_tokens)
+        sides.append(replace(side, path=path, logits_difference=difference))
+    return sides, failed
 
 
-@torch.inference_mode()
-def _decode(model: PreTrainedModel, prompt: Tensor, new_tokens: int, *, run_dense: bool) -> list[float]:
-    """Returns the seconds of each measured step."""
-    times = []
-    with dense(model) if run_dense else nullcontext():
-        cache = DynamicCache(config=model.config)
-        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1:].argmax(-1)
-        for _ in range(_WARM_UP_STEPS + new_tokens):
-            _wait(model.device)
-            started = time.perf_counter()
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            token = logits[:, -1:].argmax(-1)
-            _wait(model.device)
-            times.append(time.perf_counter() - started)
-    return times[_WARM_UP_STEPS:]
+def _fastest(sides: Mapping[str, SideSpeed]) -> str:
+    return min(sides, key=lambda name: sides[name].ms_per_step.median)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _timed(side: Side, tokens: Tensor, prompt_tokens: int) -> Callable[[], list[float]]:
+    return lambda: decode(side, tokens, prompt_tokens).seconds[WARM_UP_STEPS:]
 
 
-def _decoding(rounds: list[list[float]], batch: int, bytes_per_token: float) -> Decoding:
-    spread = Spread.of([1e3 * seconds for steps in rounds for seconds in steps])
-    seconds = spread.median / 1e3
-    return Decoding(spread, batch / seconds, bytes_per_token, bytes_per_token / seconds / 1e9)
+def _touched(side: Side, tokens: Tensor, prompt_tokens: int) -> Touched:
+    if not sparse_layers(side.model):
+        return Touched(rest_bytes(side.model), 0.0, 0.0, 0.0)
+    ledger = ledger_of(side.model)
+    if side.run_dense:
+        return Touched(ledger.dense_bytes + ledger.rest_bytes, 0.0, 0.0, 0.0)
+    if side.sparsity is not None:
+        ledger = _as_asked(ledger, side.sparsity)
+    counted = count(side, tokens, prompt_tokens)
+    step = ledger.with_densities(counted.step)
+    return Touched(
+        step.touched_bytes + step.rest_bytes,
+        ledger.nominal_sparsity,
+        ledger.weighted_sparsity,
+        ledger.with_densities(counted.token).weighted_sparsity,
+    )
 
 
-def _environment(model: PreTrainedModel) -> dict[str, Any]:
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({_processor()})"
-    return {
-        "backends": sorted({layer.backend.name for layer in sparse_layers(model).values()}),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "copy_gb_per_second": _copy_speed(device),
-        "versions": {
-            "sparsify": sparsify.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
+def _as_asked(ledger: Ledger, sparsity: float) -> Ledger:
+    """Returns the ledger of the same linears with TEAL's thresholds of another sparsity."""
+    densities = {e.name: Teal(sparsity).candidates(e.name, e.shape)[0].density for e in ledger.linears}
+    return replace(ledger.with_densities(densities), nominal_sparsity=sparsity)
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _copy_speed(device: torch.device) -> float:
-    """Returns GB/s read plus written by a copy of 128 MB, the median of five."""
-    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(6):
-        _wait(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * _COPY_BYTES / statistics.median(seconds[1:]) / 1e9
+def _result(side: Side, rounds: list[list[float]], stream: list[float], batch: int, touched: Touched) -> SideSpeed:
+    step = Spread.of([1e3 * seconds for steps in rounds for seconds in steps])
+    cache = last_level_cache()
+    shares = [touched.bytes_per_step / s / 1e9 / gb for s, gb in zip(medians(rounds), stream, strict=True)]
+    return SideSpeed(
+        about=side.about,
+        path=side.path,
+        sparse=not side.run_dense,
+        ms_per_step=step,
+        ms_by_round=[1e3 * seconds for seconds in medians(rounds)],
+        tokens_per_second=1e3 * batch / step.median,
+        touched=touched,
+        gb_per_second=touched.bytes_per_step / step.median / 1e6,
+        share_of_stream=Spread.of(shares),
+        limit_ms=touched.bytes_per_step / Spread.of(stream).median / 1e6,
+        fits_in_cache=None if cache is None else touched.bytes_per_step <= cache,
+        logits_difference=side.logits_difference,
+    )
