@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsify.kernels import library
+from sparsify.kernels import large_pages, library
 
 
 def channel_contiguous(weight: Tensor) -> Tensor:
@@ -11,9 +11,9 @@ def channel_contiguous(weight: Tensor) -> Tensor:
     if weight.t().is_contiguous():
         return weight
     native = library.load() if weight.device.type == "cpu" else None
-    if native is None or weight.element_size() not in (2, 4) or not weight.is_contiguous():
+    if native is None or weight.element_size() not in (2, 4) or not weight.is_contiguous() or not weight.numel():
         return weight.t().contiguous().t()
-    out = torch.empty(weight.shape[::-1], dtype=weight.dtype)
+    out = large_pages.empty((weight.shape[1], weight.shape[0]), weight.dtype)
     # Half the time of torch's copy (23 MB: 11 ms against 23 ms on 2 cores).
     native.sp_transpose(
         weight.data_ptr(), out.data_ptr(), *weight.shape, weight.element_size(), torch.get_num_threads()

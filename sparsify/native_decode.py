@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparsify.errors import SparsifyError
+from sparsify.kernels import large_pages
+from sparsify.mapped import MappedWeights
 from sparsify.native_cache import MOST_SEQUENCES, buffers_of, usable
 from sparsify.native_plan import NativePlan, has_hooks, problem
 
@@ -39,6 +41,7 @@ def enable(model: PreTrainedModel) -> None:
     if reason is not None:
         raise SparsifyError(f"{type(model).__name__} cannot decode natively: {reason}")
     if native_forward_of(model) is None:
+        _move_to_large_pages(model)
         model.forward = NativeForward(model)
 
 
@@ -147,6 +150,16 @@ class NativeForward:
             self._angles = (first, cosine[0].contiguous(), sine[0].contiguous())
         first, cosine, sine = self._angles
         return cosine[position - first], sine[position - first]
+
+
+def _move_to_large_pages(model: PreTrainedModel) -> None:
+    """Copies the dense matrices that a step reads as a whole, one at a time; parameters stay the objects they are."""
+    mapped = MappedWeights()
+    for module in model.modules():
+        if type(module) is nn.Linear and not large_pages.fills_large_pages(module.weight):
+            old = module.weight.data
+            module.weight.data = large_pages.empty(tuple(old.shape), old.dtype).copy_(old)
+            mapped.forget(old)
 
 
 def _is_plain(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* How far ahead in a row to prefetch, bytes. */
-#define AHEAD 512
+#define AHEAD 16384
 
 INLINE float one_f32(const float *p) { return *p; }
 INLINE float one_bf16(const sp_bf16 *p) { return sp_from_bf16(p->bits); }
@@ -168,7 +168,7 @@ static uint64_t read_all(const void *data, int64_t size) {
     uint64_t part[32] = {0}, total = 0;
     int64_t count = size / 8, i = 0;
     for (; i + 32 <= count; i += 32) {
-        __builtin_prefetch((const char *)(words + i) + 1024, 0, 3);
+        __builtin_prefetch((const char *)(words + i) + 8192, 0, 2);
         for (int l = 0; l < 32; l++) part[l] += words[i + l];
     }
     for (; i < count; i++) part[0] += words[i];

@@ -21,7 +21,7 @@ INLINE void ROWS(float *y, int64_t y_stride, const T *const *rows, const T *cons
         for (int r = 0; r < count; r++) {
             low[r] = LOAD(rows[r] + i);
             high[r] = LOAD(rows[r] + i + WIDTH);
-            __builtin_prefetch(next[r] + i, 0, 3);
+            __builtin_prefetch(next[r] + i, 0, 2);
         }
         for (int t = 0; t < tokens; t++) {
             float *out = y + t * y_stride + i;
@@ -89,7 +89,7 @@ INLINE void DOTS(float *y, int64_t y_stride, const T *const *rows, const int cou
             for (int r = 0; r < count; r++) {
                 even[r] = V_FMA(LOAD(rows[r] + j), a, even[r]);
                 odd[r] = V_FMA(LOAD(rows[r] + j + WIDTH), b, odd[r]);
-                if (t == 0) __builtin_prefetch((const char *)(rows[r] + j) + AHEAD, 0, 3);
+                if (t == 0) __builtin_prefetch((const char *)(rows[r] + j) + AHEAD, 0, 2);
             }
         }
         for (int r = 0; r < count; r++) {

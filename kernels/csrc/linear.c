@@ -3,8 +3,9 @@
 #include <math.h>
 #include <string.h>
 
-/* Columns of y that are kept in the first-level cache while the rows stream past, over all tokens. */
-enum { TILE = 4096, ALIGN = 32 };
+/* Sums of y that stay near while the rows stream past: 32 KiB. Longer streams are worth more than a smaller y (4096 by
+ * 14336 bf16: 99% of a plain read at 8192, 88% at 4096, 76% at 1024). */
+enum { TILE = 8192, ALIGN = 32 };
 
 size_t sp_work_size(int64_t inputs, int64_t rank, int64_t tokens) {
     int64_t longest = (inputs > rank ? inputs : rank) + 16;
