@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.errors import UnavailableError
 from sparsify.evals.machine import last_level_cache
-from sparsify.kernels import library
+from sparsify.kernels import large_pages, library
 
 # Where the system does not tell its cache, and at least: an H200's 50 MB of L2 are exceeded four times as well.
 _LEAST_BYTES = 1 << 28
@@ -27,8 +27,10 @@ class Stream:
     def __init__(self, device: torch.device) -> None:
         size = max(_TIMES_THE_CACHE * (last_level_cache() or 0), _LEAST_BYTES)
         self._native = library.load() if device.type == "cpu" else None
-        # Written, so that it is memory of its own: untouched pages are all the same page of zeros.
-        self._buffer = torch.ones(size, dtype=torch.uint8, device=device)
+        # Written, so that it is memory of its own: untouched pages are all the same page of zeros. In large pages, as
+        # the weights are: it is the limit of the machine, not of its address translation.
+        empty = large_pages.empty((size,), torch.uint8) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8)
+        self._buffer = empty.to(device).fill_(1)
         self._target: Tensor | None = None if self._native is not None else torch.ones_like(self._buffer)
 
     @property
