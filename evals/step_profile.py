@@ -20,8 +20,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsify.conversion import convert
 from sparsify.evals.decoding import Side, running
-from sparsify.evals.machine import environment
-from sparsify.evals.shapes import SHAPES, random_calibration, random_model, random_tokens, set_thresholds, teal_thresholds
+from sparsify.evals.shapes import (
+    SHAPES,
+    random_calibration,
+    random_model,
+    random_tokens,
+    set_thresholds,
+    teal_thresholds,
+)
 from sparsify.evals.stream import Stream
 from sparsify.ledger import ledger_of
 from sparsify.methods.teal import Teal
@@ -37,12 +43,11 @@ def profile(shape: str, sparsity: float = 0.5) -> dict[str, Any]:
     length = _PROMPT + _STEPS
     thresholds = teal_thresholds(model, random_calibration(model, length=length), [sparsity], skip=_PROMPT)[sparsity]
     convert(model, Teal(sparsity), random_calibration(model, windows=1, length=16))
+    none = dict.fromkeys(sparse_layers(model), float("inf"))
     sides = {
         "dense": Side("dense", "", model, "native"),
         "sparse": Side("sparse", "", model, "native", run_dense=False, thresholds=thresholds),
-        "nothing kept": Side(
-            "nothing", "", model, "native", run_dense=False, thresholds=dict.fromkeys(sparse_layers(model), float("inf"))
-        ),
+        "nothing kept": Side("nothing", "", model, "native", run_dense=False, thresholds=none),
     }
     stream = Stream(torch.device("cpu"))
     found: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
@@ -142,7 +147,9 @@ def main(arguments: list[str]) -> int:
         print(f"{shape}: done", file=sys.stderr)
     print(table(results))
     if options.save is not None:
-        options.save.write_text(json.dumps({"profiles": results}, indent=1) + "\n", encoding="utf-8")
+        options.save.write_text(
+            json.dumps({"profiles": results} | environment(torch.device("cpu")), indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 

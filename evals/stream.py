@@ -29,8 +29,7 @@ class Stream:
         self._native = library.load() if device.type == "cpu" else None
         # Written, so that it is memory of its own: untouched pages are all the same page of zeros. In large pages, as
         # the weights are: it is the limit of the machine, not of its address translation.
-        empty = large_pages.empty((size,), torch.uint8) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8)
-        self._buffer = empty.to(device).fill_(1)
+        self._buffer = large_pages.empty((size,), torch.uint8).fill_(1).to(device)
         self._target: Tensor | None = None if self._native is not None else torch.ones_like(self._buffer)
 
     @property

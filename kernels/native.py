@@ -2,8 +2,8 @@
 
 A few tokens: score, compaction, product, low-rank rest and bias in one call of the C library for a whole site, reading
 only the weight rows that some token keeps. Many tokens: the mask on the input and one product by BLAS, where every
-weight is read anyway. Sums are in fp32 and rounded once; results do not depend on the number of threads. Gradients
-flow, by plain torch products. Not covered: other devices, fp64, inputs that are not on the CPU.
+weight is read anyway. Sums are in fp32 and rounded once; the same threads give the same bits. Gradients flow, by plain
+torch products. Not covered: other devices, fp64, inputs that are not on the CPU.
 """
 
 from collections.abc import Sequence

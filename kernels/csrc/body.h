@@ -162,6 +162,10 @@ static void multiply(float *x, const float *by, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] *= by[i];
 }
 
+static void add(float *x, const float *other, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] += other[i];
+}
+
 /* Sums 64-bit words: the loads are what is measured, in WIDTH * 4 bytes or what the compiler makes of it. */
 static uint64_t read_all(const void *data, int64_t size) {
     const uint64_t *words = data;
@@ -189,5 +193,6 @@ const sp_kernels TABLE = {
     .activate = activate,
     .softmax = softmax,
     .multiply = multiply,
+    .add = add,
     .read = read_all,
 };

@@ -16,7 +16,7 @@ typedef struct {
     int run_dense;
     void *logits;
     int64_t longest; /* keys that a head sees, with this one */
-    int64_t rank, inputs;
+    int64_t rank, inputs, partial;
 } step;
 
 /* What the team shares. */
@@ -36,6 +36,7 @@ typedef struct {
     float *x;      /* [T, inputs], a normed input */
     float *weight; /* a norm's, widened */
     float *cosine, *sine, *key, *query, *scores, *wide;
+    float *partial; /* what sp_partial needs */
 } step_own;
 
 static sp_gated gated(const sp_decoder *m, const sp_block *b) {
@@ -82,6 +83,7 @@ static size_t own_in(char **memory, step_own *own, const step *s, int carve) {
     own->query = sp_carve(memory, m->head_dim, 4);
     own->wide = sp_carve(memory, m->head_dim, 4);
     own->scores = sp_carve(memory, s->longest, 4);
+    own->partial = sp_carve(memory, s->partial, 4);
     return (size_t)(*memory - start);
 }
 
@@ -97,29 +99,27 @@ static void norm(const step *s, const step_own *own, const float *x, const void 
     table->round[dtype](out, n);
 }
 
-/* The columns of several linears that share x, as one range split over the team; each is rounded. */
+/* y = W x of several linears that share x, rounded; each thread ends with its share of each y. */
 static void project(const step *s, const step_own *own, const step_room *room, const sp_member *member, const float *x,
                     int64_t inputs, const sp_linear *const *linear, float *const *y, int count) {
-    const sp_kernels *table = sp_table();
     int dtype = (int)s->model->dtype, any = 0;
-    int64_t total = 0, begin, end, offset = 0;
+    float *partial = own->partial;
     for (int i = 0; i < count; i++) {
-        total += linear[i]->outputs;
         if (member->thread == 0) sp_count(linear[i], x, inputs, s->tokens, s->run_dense);
         if (!sp_has_low_rank(linear[i], s->run_dense)) continue;
         sp_low_rank(&own->work, member, dtype, x, inputs, s->tokens, linear[i], room->low[i]);
         any = 1;
     }
     if (any) sp_barrier(member);
-    sp_share(member, total, &begin, &end);
-    for (int i = 0; i < count; i++) {
-        int64_t first = begin - offset < 0 ? 0 : begin - offset;
-        int64_t last = end - offset > linear[i]->outputs ? linear[i]->outputs : end - offset;
-        offset += linear[i]->outputs;
-        if (first >= last) continue;
-        sp_columns(&own->work, dtype, x, inputs, s->tokens, linear[i], s->run_dense, room->low[i], y[i], first, last);
-        for (int64_t t = 0; t < s->tokens; t++)
-            table->round[dtype](y[i] + t * linear[i]->outputs + first, last - first);
+    for (int i = 0; i < count; partial += s->tokens * linear[i]->outputs, i++)
+        sp_partial(&own->work, member, dtype, x, inputs, s->tokens, linear[i], s->run_dense, room->low[i], partial, y[i]);
+    sp_barrier(member);
+    partial = own->partial;
+    for (int i = 0; i < count; partial += s->tokens * linear[i]->outputs, i++) {
+        int64_t begin, end;
+        sp_finish(member, dtype, linear[i], s->tokens, partial, y[i], &begin, &end);
+        for (int64_t t = 0; t < s->tokens && begin < end; t++)
+            sp_table()->round[dtype](y[i] + t * linear[i]->outputs + begin, end - begin);
     }
 }
 
@@ -212,7 +212,8 @@ static void run_block(const step *s, const step_own *own, const step_room *room,
     sp_barrier(member);
     for (int64_t t = 0; t < s->tokens; t++) norm(s, own, room->hidden + t * D, block->mlp_norm, D, own->x + t * D);
     sp_gated mlp = gated(m, block);
-    sp_gated_part(&mlp, &room->mlp, &own->work, member, own->x, D, s->tokens, s->run_dense, &begin, &end);
+    sp_gated_part(&mlp, &room->mlp, &own->work, member, own->x, D, s->tokens, s->run_dense, own->partial, &begin,
+                  &end);
     add(s, room, room->mlp.out, begin, end);
     sp_barrier(member);
 }
@@ -242,12 +243,22 @@ static void step_part(void *argument, sp_member *member) {
     for (int64_t t = 0; t < s->tokens; t++)
         norm(s, &own, room.hidden + t * m->hidden, m->norm, m->hidden, own.x + t * m->hidden);
     int64_t begin, end;
-    sp_share(member, m->vocabulary, &begin, &end);
-    sp_columns(&own.work, dtype, own.x, m->hidden, s->tokens, &m->head, s->run_dense, NULL, room.logits, begin, end);
+    sp_partial(&own.work, member, dtype, own.x, m->hidden, s->tokens, &m->head, s->run_dense, NULL, own.partial, room.logits);
+    sp_barrier(member);
+    sp_finish(member, dtype, &m->head, s->tokens, own.partial, room.logits, &begin, &end);
     for (int64_t t = 0; t < s->tokens && begin < end; t++) {
         int64_t at = t * m->vocabulary + begin;
         table->narrow[dtype]((char *)s->logits + at * sp_size_of(dtype), room.logits + at, end - begin);
     }
+}
+
+/* Elements of the largest sums of a step, over all that is summed between two barriers. */
+static int64_t largest_partial(const sp_decoder *m, int64_t tokens) {
+    int64_t most = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    most = m->hidden > most ? m->hidden : most;
+    most = 2 * m->inner > most ? 2 * m->inner : most;
+    most = m->vocabulary > most ? m->vocabulary : most;
+    return most * tokens;
 }
 
 static int64_t largest_rank(const sp_decoder *m) {
@@ -268,7 +279,7 @@ int sp_decode(const sp_decoder *m, const int64_t *tokens, int64_t count, const v
         return SP_BAD_ARGUMENT;
     for (int64_t t = 0; t < count; t++)
         if (tokens[t] < 0 || tokens[t] >= m->vocabulary) return SP_BAD_ARGUMENT;
-    step s = {m, tokens, count, cosine, sine, run_dense, logits, 0, largest_rank(m), 0};
+    step s = {m, tokens, count, cosine, sine, run_dense, logits, 0, largest_rank(m), 0, largest_partial(m, count)};
     for (int64_t b = 0; b < m->blocks; b++)
         s.longest = m->block[b].length + 1 > s.longest ? m->block[b].length + 1 : s.longest;
     int64_t wide = m->heads * m->head_dim;

@@ -24,6 +24,7 @@ typedef struct {
     /* x = exp(x - max) in place; returns the sum. */
     float (*softmax)(float *x, int64_t n);
     void (*multiply)(float *x, const float *by, int64_t n);
+    void (*add)(float *x, const float *other, int64_t n);
     uint64_t (*read)(const void *data, int64_t size);
 } sp_kernels;
 

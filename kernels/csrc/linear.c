@@ -109,35 +109,62 @@ static void by_channels(int dtype, const void *base, int64_t stride, const int32
     }
 }
 
-void sp_columns(const sp_work *work, int dtype, const float *x, int64_t inputs, int64_t tokens,
-                const sp_linear *linear, int run_dense, const float *low, float *y, int64_t begin, int64_t end) {
-    if (begin >= end) return;
+/* The channels of W and their values: in the work memory, or dense. Returns how many. */
+static int64_t channels(const sp_work *work, const float *x, int64_t inputs, int64_t tokens, const sp_linear *linear,
+                        int sparse, const int32_t **index, const float **coef) {
+    *index = work->index;
+    *coef = work->coef;
+    if (sparse && tokens == 1)
+        return sp_table()->compact(x, linear->scale, *linear->threshold, inputs, work->index, work->coef);
+    if (sparse) return unite(work, x, inputs, tokens, linear);
+    *index = work->count_up;
+    if (tokens == 1) *coef = x;
+    for (int64_t j = 0; j < inputs && tokens > 1; j++)
+        for (int64_t t = 0; t < tokens; t++) work->coef[j * tokens + t] = x[t * inputs + j];
+    return inputs;
+}
+
+void sp_partial(const sp_work *work, const sp_member *member, int dtype, const float *x, int64_t inputs,
+                int64_t tokens, const sp_linear *linear, int run_dense, const float *low, float *partial, float *y) {
     int sparse = sp_is_sparse(linear, run_dense);
-    begin_with_bias(dtype, linear, tokens, y, begin, end);
+    int64_t outputs = linear->outputs, thread = member->thread, threads = member->threads;
+    const int32_t *index;
+    const float *coef;
     if (linear->by_rows) {
-        by_rows(work, dtype, x, inputs, tokens, linear, sparse, y, begin, end);
-    } else {
-        const int32_t *index = work->index;
-        const float *coef = work->coef;
-        int64_t count = inputs;
-        if (!sparse) {
-            index = work->count_up;
-            if (tokens == 1) coef = x;
-            else
-                for (int64_t j = 0; j < inputs; j++)
-                    for (int64_t t = 0; t < tokens; t++) work->coef[j * tokens + t] = x[t * inputs + j];
-        } else if (tokens == 1) {
-            count = sp_table()->compact(x, linear->scale, *linear->threshold, inputs, work->index, work->coef);
-        } else {
-            count = unite(work, x, inputs, tokens, linear);
+        int64_t begin, end;
+        sp_share(member, outputs, &begin, &end);
+        if (begin < end) {
+            begin_with_bias(dtype, linear, tokens, y, begin, end);
+            by_rows(work, dtype, x, inputs, tokens, linear, sparse, y, begin, end);
         }
-        by_channels(dtype, linear->weight, linear->stride, index, count, coef, tokens, y, linear->outputs, begin, end);
+    }
+    if (linear->by_rows && !linear->rank) return;
+    memset(partial, 0, (size_t)(outputs * tokens) * sizeof(float));
+    if (!linear->by_rows) {
+        int64_t count = channels(work, x, inputs, tokens, linear, sparse, &index, &coef);
+        int64_t first = count * thread / threads, last = count * (thread + 1) / threads;
+        by_channels(dtype, linear->weight, linear->stride, index + first, last - first, coef + first * tokens, tokens,
+                    partial, outputs, 0, outputs);
     }
     if (sp_has_low_rank(linear, run_dense)) {
-        for (int64_t r = 0; r < linear->rank; r++)
+        int64_t first = linear->rank * thread / threads, last = linear->rank * (thread + 1) / threads;
+        for (int64_t r = first; r < last; r++)
             for (int64_t t = 0; t < tokens; t++) work->low[r * tokens + t] = low[t * linear->rank + r];
-        by_channels(dtype, linear->lr_b, linear->outputs, work->count_up, linear->rank, work->low, tokens, y,
-                    linear->outputs, begin, end);
+        by_channels(dtype, linear->lr_b, outputs, work->count_up + first, last - first, work->low + first * tokens,
+                    tokens, partial, outputs, 0, outputs);
+    }
+}
+
+void sp_finish(const sp_member *member, int dtype, const sp_linear *linear, int64_t tokens, const float *partial,
+               float *y, int64_t *begin, int64_t *end) {
+    int64_t outputs = linear->outputs;
+    sp_share(member, outputs, begin, end);
+    if (*begin >= *end || (linear->by_rows && !linear->rank)) return;
+    if (!linear->by_rows) begin_with_bias(dtype, linear, tokens, y, *begin, *end);
+    for (int other = 0; other < member->threads; other++) {
+        const float *sums = sp_of_thread(member, partial, other);
+        for (int64_t t = 0; t < tokens; t++)
+            sp_table()->add(y + t * outputs + *begin, sums + t * outputs + *begin, *end - *begin);
     }
 }
 

@@ -26,6 +26,10 @@ int64_t sp_gated_rank(const sp_gated *mlp) {
     return larger(mlp->gate->rank, larger(mlp->up->rank, mlp->down->rank));
 }
 
+int64_t sp_gated_partial(const sp_gated *mlp, int64_t tokens) {
+    return tokens * larger(2 * mlp->gate->outputs, mlp->down->outputs);
+}
+
 /* up for the neurons whose gate is not 0, one token; the others' product is 0 whatever up is. */
 static void up_of_active(const sp_gated *mlp, const sp_gated_room *room, const sp_work *work, const float *x,
                          int64_t inputs, int run_dense, int64_t begin, int64_t end) {
@@ -51,23 +55,29 @@ static void up_of_active(const sp_gated *mlp, const sp_gated_room *room, const s
     }
 }
 
-static void neurons(const sp_gated *mlp, const sp_gated_room *room, const sp_work *work, const float *x,
-                    int64_t inputs, int64_t tokens, int run_dense, int64_t begin, int64_t end) {
+/* gate x, its activation, up x and their product for this thread's neurons. */
+static void neurons(const sp_gated *mlp, const sp_gated_room *room, const sp_work *work, const sp_member *member,
+                    const float *x, int64_t inputs, int64_t tokens, int run_dense, float *partial) {
     const sp_kernels *table = sp_table();
     int dtype = mlp->dtype;
-    int64_t size = mlp->gate->outputs, n = end - begin;
-    if (n <= 0) return;
-    sp_columns(work, dtype, x, inputs, tokens, mlp->gate, run_dense, room->gate_low, room->gate, begin, end);
+    int64_t size = mlp->gate->outputs, begin, end;
+    float *up_partial = partial + tokens * size;
+    int rows_of_active = mlp->activation == SP_RELU && mlp->up->by_rows && tokens == 1 && !sp_has_low_rank(mlp->up, run_dense);
+    sp_partial(work, member, dtype, x, inputs, tokens, mlp->gate, run_dense, room->gate_low, partial, room->gate);
+    if (!rows_of_active)
+        sp_partial(work, member, dtype, x, inputs, tokens, mlp->up, run_dense, room->up_low, up_partial, room->up);
+    sp_barrier(member);
+    sp_finish(member, dtype, mlp->gate, tokens, partial, room->gate, &begin, &end);
+    if (!rows_of_active) sp_finish(member, dtype, mlp->up, tokens, up_partial, room->up, &begin, &end);
+    if (begin >= end) return;
+    int64_t n = end - begin;
     for (int64_t t = 0; t < tokens; t++) {
         float *gate = room->gate + t * size + begin;
         table->round[dtype](gate, n);
         table->activate(gate, n, mlp->activation, mlp->cut);
         table->round[dtype](gate, n);
     }
-    if (mlp->activation == SP_RELU && mlp->up->by_rows && tokens == 1 && !sp_has_low_rank(mlp->up, run_dense))
-        up_of_active(mlp, room, work, x, inputs, run_dense, begin, end);
-    else
-        sp_columns(work, dtype, x, inputs, tokens, mlp->up, run_dense, room->up_low, room->up, begin, end);
+    if (rows_of_active) up_of_active(mlp, room, work, x, inputs, run_dense, begin, end);
     for (int64_t t = 0; t < tokens; t++) {
         float *gate = room->gate + t * size + begin, *up = room->up + t * size + begin;
         table->round[dtype](up, n);
@@ -77,7 +87,8 @@ static void neurons(const sp_gated *mlp, const sp_gated_room *room, const sp_wor
 }
 
 void sp_gated_part(const sp_gated *mlp, const sp_gated_room *room, const sp_work *work, const sp_member *member,
-                   const float *x, int64_t inputs, int64_t tokens, int run_dense, int64_t *begin, int64_t *end) {
+                   const float *x, int64_t inputs, int64_t tokens, int run_dense, float *partial, int64_t *begin,
+                   int64_t *end) {
     const sp_linear *gate = mlp->gate, *up = mlp->up, *down = mlp->down;
     int dtype = mlp->dtype, low_gate = sp_has_low_rank(gate, run_dense), low_up = sp_has_low_rank(up, run_dense);
     if (low_gate) sp_low_rank(work, member, dtype, x, inputs, tokens, gate, room->gate_low);
@@ -87,16 +98,16 @@ void sp_gated_part(const sp_gated *mlp, const sp_gated_room *room, const sp_work
         sp_count(gate, x, inputs, tokens, run_dense);
         sp_count(up, x, inputs, tokens, run_dense);
     }
-    sp_share(member, gate->outputs, begin, end);
-    neurons(mlp, room, work, x, inputs, tokens, run_dense, *begin, *end);
+    neurons(mlp, room, work, member, x, inputs, tokens, run_dense, partial);
     sp_barrier(member);
     if (sp_has_low_rank(down, run_dense)) {
         sp_low_rank(work, member, dtype, room->gate, gate->outputs, tokens, down, room->down_low);
         sp_barrier(member);
     }
     if (member->thread == 0) sp_count(down, room->gate, gate->outputs, tokens, run_dense);
-    sp_share(member, down->outputs, begin, end);
-    sp_columns(work, dtype, room->gate, gate->outputs, tokens, down, run_dense, room->down_low, room->out, *begin, *end);
+    sp_partial(work, member, dtype, room->gate, gate->outputs, tokens, down, run_dense, room->down_low, partial, room->out);
+    sp_barrier(member);
+    sp_finish(member, dtype, down, tokens, partial, room->out, begin, end);
     for (int64_t t = 0; t < tokens; t++)
         if (*begin < *end) sp_table()->round[dtype](room->out + t * down->outputs + *begin, *end - *begin);
 }
@@ -115,9 +126,10 @@ static void mlp_part(void *argument, sp_member *member) {
     sp_gated_room room = sp_gated_room_in(&shared, mlp, call->tokens);
     sp_work work = sp_work_in(&own, sp_gated_inputs(mlp, call->inputs), sp_gated_rank(mlp), call->tokens);
     float *x = sp_carve(&own, call->inputs * call->tokens, 4);
+    float *partial = sp_carve(&own, sp_gated_partial(mlp, call->tokens), 4);
     int64_t begin, end, outputs = mlp->down->outputs;
     sp_table()->widen[mlp->dtype](x, call->x, call->inputs * call->tokens);
-    sp_gated_part(mlp, &room, &work, member, x, call->inputs, call->tokens, 0, &begin, &end);
+    sp_gated_part(mlp, &room, &work, member, x, call->inputs, call->tokens, 0, partial, &begin, &end);
     for (int64_t t = 0; t < call->tokens && begin < end; t++) {
         int64_t at = t * outputs + begin;
         sp_table()->narrow[mlp->dtype]((char *)call->y + at * sp_size_of(mlp->dtype), room.out + at, end - begin);
@@ -131,6 +143,6 @@ int sp_mlp(int dtype, int activation, float cut, const void *x, int64_t inputs, 
         return SP_BAD_ARGUMENT;
     mlp_call call = {{dtype, activation, cut, gate, up, down}, x, y, inputs, tokens};
     size_t own = sp_work_size(sp_gated_inputs(&call.mlp, inputs), sp_gated_rank(&call.mlp), tokens) +
-                 sp_room(inputs * tokens, 4);
+                 sp_room(inputs * tokens, 4) + sp_room(sp_gated_partial(&call.mlp, tokens), 4);
     return sp_pool_run(mlp_part, &call, threads, own, sp_gated_size(&call.mlp, tokens));
 }

@@ -82,7 +82,7 @@ static void raise_gate(gate_t *gate) {
 
 static void run_as(int thread) {
     sp_member member = {thread, pool.team, pool.memory + (size_t)thread * pool.own_bytes,
-                        pool.memory + (size_t)pool.team * pool.own_bytes};
+                        pool.memory + (size_t)pool.team * pool.own_bytes, pool.own_bytes};
     pool.task(pool.argument, &member);
 }
 

@@ -11,6 +11,7 @@
 typedef struct {
     int thread, threads;
     char *own, *shared;
+    size_t own_bytes; /* from one thread's memory to the next one's */
 } sp_member;
 
 typedef void (*sp_task)(void *argument, sp_member *member);
@@ -21,6 +22,11 @@ int sp_pool_run(sp_task task, void *argument, int threads, size_t own_bytes, siz
 
 /* Waits until every thread of the running team is here; what was written before is seen after. */
 void sp_barrier(const sp_member *member);
+
+/* The same place in another thread's memory. */
+static inline const void *sp_of_thread(const sp_member *member, const void *own, int thread) {
+    return (const char *)own + (ptrdiff_t)(thread - member->thread) * (ptrdiff_t)member->own_bytes;
+}
 
 /* Carves n elements of 4 or 8 bytes off a member's memory, on a cache line of their own. */
 #define SP_LINE 64

@@ -45,7 +45,7 @@ static void check_site(dice *d, int dtype, int64_t inputs, int64_t tokens, const
 }
 
 static void check_sites(uint64_t seed) {
-    static const int64_t shapes[][2] = {{1, 1}, {1, 13}, {7, 1}, {3, 5}, {17, 31}, {33, 8}, {70, 45}, {530, 9}};
+    static const int64_t shapes[][2] = {{1, 1}, {1, 13}, {7, 1}, {3, 5}, {17, 31}, {33, 8}, {70, 45}, {1101, 9}};
     static const double thresholds[] = {0.6, -1.0, 2.5, INFINITY};
     dice d = {seed};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)

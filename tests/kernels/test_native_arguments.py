@@ -1,10 +1,12 @@
 """What the native kernels are given wrongly is refused in words: never a crash, never a wrong result."""
 
+import _ctypes
 import ctypes
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,13 +271,13 @@ def test_the_library_refuses_what_has_no_meaning() -> None:
     loaded = library.load()
     x, y, pointers = torch.randn(8, 5), torch.empty(8, 3), (ctypes.c_void_p * 1)()
     pointers[0] = y.data_ptr()
-    one = native.checked(torch.float32, 5, SparseTensors(torch.randn(3, 5), None, torch.tensor(0.6)))
-    linear = ctypes.byref(one)
+    # What they point to must live as long as they do.
+    three, four = (SparseTensors(torch.randn(size, 5), None, torch.tensor(0.6)) for size in (3, 4))
+    linear, other = (ctypes.byref(native.checked(torch.float32, 5, t)) for t in (three, four))
     for dtype, inputs, tokens, count in [
         (3, 5, 1, 1), (-1, 5, 1, 1), (0, 0, 1, 1), (0, 5, 0, 1), (0, 5, 9, 1), (0, 5, 1, 0), (0, 5, 1, 9),
     ]:  # fmt: skip
         assert loaded.sp_site(dtype, x.data_ptr(), inputs, tokens, linear, count, pointers, 1) == -2
-    other = ctypes.byref(native.checked(torch.float32, 5, SparseTensors(torch.randn(4, 5), None, torch.tensor(0.6))))
     for dtype, activation, tokens, up in [
         (3, 0, 1, linear), (0, 4, 1, linear), (0, -1, 1, linear),
         (0, 0, 0, linear), (0, 0, 9, linear), (0, 0, 1, other),
@@ -290,6 +292,36 @@ def test_the_library_refuses_what_has_no_meaning() -> None:
     # Threads that make no sense are one, or as many as there are CPUs.
     for threads in (-5, 0, 10**6):
         assert loaded.sp_site(0, x.data_ptr(), 5, 8, linear, 1, pointers, threads) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "cannot be loaded"), (b"\x7fELF" + bytes(100), "cannot be loaded"), (None, "not built")],
+    ids=["empty", "garbage", "no file"],
+)
+def test_a_file_that_is_no_library(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "library.so"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        SparsifyError, match=rf"library\.so is not a library.*{words}.*python -m sparsify\.kernels\.build"
+    ):
+        library.open_library(path)
+
+
+def test_a_library_of_something_else() -> None:
+    with pytest.raises(SparsifyError, match=r"cannot be loaded.*sp_abi.*python -m sparsify\.kernels\.build"):
+        library.open_library(Path(_ctypes.__file__))
+
+
+@pytest.mark.parametrize("what", ["version", "struct"])
+def test_a_library_of_another_version(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if what == "version":
+        monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    else:
+        monkeypatch.setattr(library, "CBlock", library.CLinear)
+    with pytest.raises(SparsifyError, match=r"another version.*python -m sparsify\.kernels\.build"):
+        library.open_library(library.library_path())
 
 
 def test_unknown_instruction_set() -> None:

@@ -122,7 +122,7 @@ def product(x: Tensor, gate: SparseTensors, up: SparseTensors, activation: str, 
         a = torch.where(rounded.float() <= cut, 0.0, rounded)
     eps = torch.finfo(dtype).eps
     # The activation's own error is relative to its input: gelu takes its smallest results off numbers near 1.
-    a_error = SLOPE * g_error + eps * a.double().abs() + 4 * torch.finfo(torch.float32).eps * g.abs()
+    a_error = SLOPE * g_error + eps * a.double().abs() + 2 * torch.finfo(torch.float32).eps * g.abs()
     p = a * u.to(dtype)
     return p, (a_error + SLOPE * eps) * u.abs() + a.double().abs() * u_error + eps * p.double().abs()
 
@@ -186,25 +186,25 @@ def test_activations_over_their_range(isa: str, dtype: torch.dtype, activation: 
     x = x.double()
     expected, info = ACT2FN[activation](x), torch.finfo(dtype)
     # One rounding, and the formula in fp32: gelu takes its smallest results off numbers near 1.
-    allowed = info.eps / 2 * expected.abs() + info.tiny * info.eps / 2 + 4 * torch.finfo(torch.float32).eps * x.abs()
+    allowed = info.eps / 2 * expected.abs() + info.tiny * info.eps / 2 + 2 * torch.finfo(torch.float32).eps * x.abs()
     wrong = (y - expected).abs() / allowed
     assert float(wrong.max()) <= 1, float(x[wrong.argmax()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_do_not_depend_on_threads_or_other_tokens(isa: str, dtype: torch.dtype) -> None:
-    """One token of relu and a row-major up takes a way of its own, which skips rows."""
+def test_results_are_the_same_bits_for_the_same_threads(isa: str, dtype: torch.dtype) -> None:
+    """And in one thread for the same token among others. One token of relu and a row-major up takes its own way."""
     for rows, rank, (activation, cut) in itertools.product((False, True), (0, 2), (("silu", 0.0), ("relu", 0.4))):
         x = torch.randn(8, 37).to(dtype)
         parts = mlp((37, 301, 130), rank, dtype=dtype, rows=rows, threshold=0.3)
-        results = []
-        for threads in (1, 1, 2, 3, 2):
+        results: dict[int, Tensor] = {}
+        for threads in (1, 2, 3, 1, 2, 3):
             with using(threads):
                 together = gated_mlp(x, *parts, activation=activation, cut=cut)
                 alone = torch.cat([gated_mlp(row, *parts, activation=activation, cut=cut)[None] for row in x])
-            results += [together, alone]
-        for other in results[1:]:
-            assert torch.equal(other, results[0]), (rows, rank, activation)
+            assert torch.equal(results.setdefault(threads, together), together), (rows, rank, activation, threads)
+            assert torch.equal(results.setdefault(-threads, alone), alone), (rows, rank, activation, threads)
+            assert threads > 1 or torch.equal(alone, together), (rows, rank, activation)
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.4])
