@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsify.conversion import convert
 from sparsify.evals.decoding import Side, running
+from sparsify.evals.machine import environment
 from sparsify.evals.shapes import (
     SHAPES,
     random_calibration,
