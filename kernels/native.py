@@ -44,11 +44,12 @@ def _run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
         return [_many_tokens(x, tensors) for tensors in site]
     outputs = [torch.empty(tokens, t.weight.shape[0], dtype=x.dtype) for t in site]
     for start in range(0, len(site), library.MAX_SITE):
-        _few_tokens(rows, linears[start : start + library.MAX_SITE], outputs[start : start + library.MAX_SITE])
+        few_tokens(rows, linears[start : start + library.MAX_SITE], outputs[start : start + library.MAX_SITE])
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
 
 
-def _few_tokens(rows: Tensor, linears: list[library.CLinear], outputs: list[Tensor]) -> None:
+def few_tokens(rows: Tensor, linears: list[library.CLinear], outputs: list[Tensor]) -> None:
+    """Writes the outputs [T, O_k] of at most MAX_SITE linears, each as `checked` gave it, for rows [T, I]."""
     native = library.load()
     assert native is not None
     array = (library.CLinear * len(linears))(*linears)

@@ -152,7 +152,9 @@ static void check_mlps(uint64_t seed) {
 
 /* ---- a decoder of two blocks ---- */
 
-enum { D = 24, HEADS = 4, KV = 2, HEAD = 6, INNER = 40, VOCABULARY = 53, BLOCKS = 2, CAPACITY = 100 };
+enum { D = 24, HEADS = 4, KV = 2, HEAD = 6, BLOCKS = 2, CAPACITY = 100 };
+/* Inner size and vocabulary: the MLP, the logits or the heads are the widest. */
+static const int64_t WIDTHS[][2] = {{40, 53}, {40, 301}, {7, 5}};
 
 typedef struct {
     sp_decoder m;
@@ -223,17 +225,17 @@ static void run_block(model *m, int b, int t, double *hidden, const void *cosine
     for (int i = 0; i < D; i++) hidden[i] = rounded(dtype, hidden[i] + y[i]);
 }
 
-static void make_model(dice *d, model *m, int dtype, int tokens) {
-    static const int64_t sizes[7][2] = {{HEADS * HEAD, D}, {KV * HEAD, D}, {KV * HEAD, D}, {D, HEADS * HEAD},
-                                        {INNER, D},        {INNER, D},     {D, INNER}};
+static void make_model(dice *d, model *m, int dtype, int tokens, int64_t inner, int64_t vocabulary) {
+    const int64_t sizes[7][2] = {{HEADS * HEAD, D}, {KV * HEAD, D}, {KV * HEAD, D}, {D, HEADS * HEAD},
+                                        {inner, D},        {inner, D},     {D, inner}};
     int normed = roll(d) % 2;
     memset(m, 0, sizeof *m);
-    m->m = (sp_decoder){.dtype = dtype, .hidden = D, .heads = HEADS, .kv_heads = KV, .head_dim = HEAD, .inner = INNER,
-                        .vocabulary = VOCABULARY, .blocks = BLOCKS, .activation = (int64_t)(roll(d) % 4),
+    m->m = (sp_decoder){.dtype = dtype, .hidden = D, .heads = HEADS, .kv_heads = KV, .head_dim = HEAD, .inner = inner,
+                        .vocabulary = vocabulary, .blocks = BLOCKS, .activation = (int64_t)(roll(d) % 4),
                         .epsilon = 1e-5, .scaling = 1.0 / sqrt(HEAD), .block = m->block};
-    m->m.embedding = numbers(d, dtype, VOCABULARY * D, 1.0);
+    m->m.embedding = numbers(d, dtype, vocabulary * D, 1.0);
     m->m.norm = numbers(d, dtype, D, 1.0);
-    shape head = {.outputs = VOCABULARY, .inputs = D, .by_rows = roll(d) % 2, .sparse = roll(d) % 2, .threshold = 0.1,
+    shape head = {.outputs = vocabulary, .inputs = D, .by_rows = roll(d) % 2, .sparse = roll(d) % 2, .threshold = 0.1,
                   .fixed = dtype != SP_F32};
     m->m.head = make(d, dtype, &head);
     for (int b = 0; b < BLOCKS; b++) {
@@ -275,22 +277,22 @@ static void drop_model(model *m) {
 
 static void check_step(dice *d, model *m, int tokens, int run_dense, int threads) {
     int dtype = (int)m->m.dtype;
-    int64_t token[SP_MAX_TOKENS], head_kept = 0;
-    void *cosine = nans(dtype, HEAD), *sine = nans(dtype, HEAD), *logits = nans(dtype, tokens * VOCABULARY);
-    double *expected = room(tokens * VOCABULARY * 8), hidden[D], x[D];
+    int64_t token[SP_MAX_TOKENS], head_kept = 0, vocabulary = m->m.vocabulary;
+    void *cosine = nans(dtype, HEAD), *sine = nans(dtype, HEAD), *logits = nans(dtype, tokens * vocabulary);
+    double *expected = room(tokens * vocabulary * 8), hidden[D], x[D];
     for (int i = 0; i < HEAD; i++) {
         double angle = (double)m->block[0].length * pow(0.3, i % (HEAD / 2));
         put(dtype, cosine, i, cos(angle)), put(dtype, sine, i, sin(angle));
     }
     for (int t = 0; t < tokens; t++) {
-        token[t] = (int64_t)(roll(d) % VOCABULARY);
+        token[t] = (int64_t)(roll(d) % vocabulary);
         for (int i = 0; i < D; i++) hidden[i] = get(dtype, m->m.embedding, token[t] * D + i);
         for (int b = 0; b < BLOCKS; b++) run_block(m, b, t, hidden, cosine, sine, run_dense);
         norm(dtype, hidden, m->m.norm, D, m->m.epsilon, x);
-        project(dtype, &m->m.head, x, D, run_dense, expected + t * VOCABULARY, &head_kept);
+        project(dtype, &m->m.head, x, D, run_dense, expected + t * vocabulary, &head_kept);
     }
     CHECK(sp_decode(&m->m, token, tokens, cosine, sine, run_dense, logits, threads) == SP_OK, "sp_decode");
-    check_near(dtype, logits, expected, tokens * VOCABULARY, "logits");
+    check_near(dtype, logits, expected, tokens * vocabulary, "logits");
     for (int b = 0; b < BLOCKS; b++) {
         sp_block *block = &m->block[b];
         for (int t = 0; t < tokens; t++)
@@ -315,15 +317,17 @@ static void check_step(dice *d, model *m, int tokens, int run_dense, int threads
 static void check_decoders(uint64_t seed) {
     dice d = {seed};
     for (int dtype = SP_F32; dtype <= SP_F16; dtype++)
-        for (int tokens = 1; tokens <= SP_MAX_TOKENS; tokens += tokens < 3 ? 1 : 5) {
+        for (int run = 0; run < 9; run++) {
+            static const int counts[] = {1, 3, SP_MAX_TOKENS};
+            int tokens = counts[run / 3];
             model m;
-            make_model(&d, &m, dtype, tokens);
+            make_model(&d, &m, dtype, tokens, WIDTHS[run % 3][0], WIDTHS[run % 3][1]);
             for (int step = 0; step < 6; step++) {
                 /* The first steps have no past; the last ones one that is longer than any linear's input. */
                 for (int b = 0; b < BLOCKS && step == 3; b++) m.block[b].length = CAPACITY - 3;
                 check_step(&d, &m, tokens, step % 3 == 1, 1 + (int)(roll(&d) % 3));
             }
-            int64_t beyond = VOCABULARY;
+            int64_t beyond = m.m.vocabulary;
             CHECK(sp_decode(&m.m, &beyond, 1, NULL, NULL, 0, NULL, 1) == SP_BAD_ARGUMENT, "a token that there is not");
             drop_model(&m);
         }
