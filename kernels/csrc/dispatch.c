@@ -154,14 +154,3 @@ int sp_forget_mapped(const void *data, int64_t size) {
     if (whole_pages(data, size, &begin, &length)) madvise(begin, length, MADV_DONTNEED);
     return SP_OK;
 }
-
-int sp_advise_huge(const void *data, int64_t size) {
-#if defined(MADV_HUGEPAGE)
-    void *begin;
-    size_t length;
-    if (whole_pages(data, size, &begin, &length)) madvise(begin, length, MADV_HUGEPAGE);
-#else
-    (void)data, (void)size;
-#endif
-    return SP_OK;
-}

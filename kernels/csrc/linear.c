@@ -99,12 +99,11 @@ static void by_rows(const sp_work *work, int dtype, const float *x, int64_t inpu
 
 /* y += rows of `base` [count, stride] by their coefficients, tile by tile. */
 static void by_channels(int dtype, const void *base, int64_t stride, const int32_t *index, int64_t count,
-                        const float *coef, int64_t tokens, float *y, int64_t outputs, int64_t begin, int64_t end) {
-    int64_t width = end - begin, most = TILE / tokens;
-    int64_t tiles = (width + most - 1) / most;
-    int64_t tile = ((width + tiles - 1) / tiles + ALIGN - 1) / ALIGN * ALIGN;
-    for (int64_t at = begin; at < end; at += tile) {
-        int64_t n = end - at < tile ? end - at : tile;
+                        const float *coef, int64_t tokens, float *y, int64_t outputs) {
+    int64_t most = TILE / tokens, tiles = (outputs + most - 1) / most;
+    int64_t tile = tiles ? ((outputs + tiles - 1) / tiles + ALIGN - 1) / ALIGN * ALIGN : 1;
+    for (int64_t at = 0; at < outputs; at += tile) {
+        int64_t n = outputs - at < tile ? outputs - at : tile;
         sp_table()->axpy[dtype](y + at, outputs, sp_at(base, at, dtype), stride, index, count, coef, (int)tokens, n);
     }
 }
@@ -144,14 +143,14 @@ void sp_partial(const sp_work *work, const sp_member *member, int dtype, const f
         int64_t count = channels(work, x, inputs, tokens, linear, sparse, &index, &coef);
         int64_t first = count * thread / threads, last = count * (thread + 1) / threads;
         by_channels(dtype, linear->weight, linear->stride, index + first, last - first, coef + first * tokens, tokens,
-                    partial, outputs, 0, outputs);
+                    partial, outputs);
     }
     if (sp_has_low_rank(linear, run_dense)) {
         int64_t first = linear->rank * thread / threads, last = linear->rank * (thread + 1) / threads;
         for (int64_t r = first; r < last; r++)
             for (int64_t t = 0; t < tokens; t++) work->low[r * tokens + t] = low[t * linear->rank + r];
         by_channels(dtype, linear->lr_b, outputs, work->count_up + first, last - first, work->low + first * tokens,
-                    tokens, partial, outputs, 0, outputs);
+                    tokens, partial, outputs);
     }
 }
 

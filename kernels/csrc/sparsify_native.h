@@ -108,7 +108,5 @@ SP_EXPORT int sp_transpose(const void *data, void *out, int64_t rows, int64_t co
 /* Gives back the memory of whole pages in [data, data + size), which must be a private mapping of a file that nobody
  * wrote to: they are read from the file again when they are touched. */
 SP_EXPORT int sp_forget_mapped(const void *data, int64_t size);
-/* Asks for large pages for this memory, before it is first written. */
-SP_EXPORT int sp_advise_huge(const void *data, int64_t size);
 
 #endif
