@@ -24,6 +24,8 @@ from sparsify.native_plan import NativePlan, has_hooks, problem
 
 # Positions whose rotation is computed at once.
 _ANGLES = 256
+# Rows of a matrix that are copied at once.
+_ROWS = 1024
 _KNOWN = {
     "input_ids",
     "attention_mask",
@@ -158,8 +160,12 @@ def _move_to_large_pages(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and not large_pages.fills_large_pages(module.weight):
             old = module.weight.data
-            module.weight.data = large_pages.empty(tuple(old.shape), old.dtype).copy_(old)
-            mapped.forget(old)
+            new = large_pages.empty(tuple(old.shape), old.dtype)
+            # In pieces: a head's matrix is a large part of a small model, and would be there twice.
+            for piece, copied in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
+                copied.copy_(piece)
+                mapped.forget(piece)
+            module.weight.data = new
 
 
 def _is_plain(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

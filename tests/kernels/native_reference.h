@@ -156,8 +156,8 @@ static void drop(sp_linear *l) {
 }
 
 /* y [outputs] of one token, and the size of the terms of each sum where it is wanted; counts what is kept. */
-static void linear(int dtype, const sp_linear *l, const double *x, int64_t inputs, int run_dense, double *y, double *size,
-                   int64_t *kept) {
+static void linear(int dtype, const sp_linear *l, const double *x, int64_t inputs, int run_dense, double *y,
+                   double *size, int64_t *kept) {
     int sparse = l->threshold && !run_dense;
     for (int64_t o = 0; o < l->outputs; o++) {
         y[o] = l->bias ? get(dtype, l->bias, o) : 0.0;
