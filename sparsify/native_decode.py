@@ -162,8 +162,9 @@ def _move_to_large_pages(model: PreTrainedModel) -> None:
             old = module.weight.data
             new = large_pages.empty(tuple(old.shape), old.dtype)
             # In pieces: a head's matrix is a large part of a small model, and would be there twice.
-            for piece, copied in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
-                copied.copy_(piece)
+            for start in range(0, len(old), _ROWS):
+                piece = old[start : start + _ROWS]
+                new[start : start + _ROWS] = piece
                 mapped.forget(piece)
             module.weight.data = new
 
