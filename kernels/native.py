@@ -17,6 +17,7 @@ from sparsify.errors import SparsifyError
 from sparsify.kernels import library
 from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import Backend, SparseTensors
+from sparsify.kernels.torch_operator import linear_operator, needs_grad
 
 # Above this many tokens BLAS is faster than groups of 8 tokens through the kernel (2048×5632 on 2 cores: with bf16
 # products in the processor from about 12 tokens, else from about 100).
@@ -102,12 +103,6 @@ def _has_product(dtype: torch.dtype) -> bool:
     return True
 
 
-def needs_grad(x: Tensor, site: Sequence[SparseTensors]) -> bool:
-    """Returns whether the input or a tensor of the site is trained."""
-    trained = (t for tensors in site for t in (tensors.weight, tensors.bias, tensors.lr_a, tensors.lr_b))
-    return x.requires_grad or any(t is not None and t.requires_grad for t in trained)
-
-
 def rows_of(x: Tensor) -> Tensor:
     """Returns the input x [..., I] as rows [T, I] in one piece. Raises SparsifyError for what it cannot take."""
     if x.device.type != "cpu":
@@ -179,60 +174,7 @@ def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]
         raise SparsifyError(f"{name} has strides {tensor.stride()}: it must be contiguous")
 
 
-@torch.library.custom_op("sparsify::native_linear", mutates_args=())
-def native_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    scale: Tensor | None,
-    lr_a: Tensor | None,
-    lr_b: Tensor | None,
-) -> Tensor:
-    """One linear as a torch operator, for torch.compile and autograd; elsewhere `run` skips its 30 microseconds."""
-    return _run(x, (SparseTensors(weight, bias, threshold, scale, lr_a, lr_b),))[0]
-
-
-@native_linear.register_fake
-def _native_linear_shape(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    scale: Tensor | None,
-    lr_a: Tensor | None,
-    lr_b: Tensor | None,
-) -> Tensor:
-    # It answers too where only one of them is on meta: outputs that nobody computes.
-    for other in (weight, bias, threshold, scale, lr_a, lr_b):
-        if other is not None and other.device != x.device:
-            raise SparsifyError(f"the input is on {x.device}, a tensor of its linear on {other.device}")
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The mask is constant almost everywhere: gradients flow through what was kept, and through B A for the rest."""
-    x, weight, bias, threshold, scale, lr_a, lr_b = ctx.saved_tensors
-    rows = x.reshape(-1, x.shape[-1])
-    g = grad.reshape(len(rows), grad.shape[-1])
-    kept = keep_mask(rows, threshold, scale)
-    grad_x = torch.where(kept, g @ weight, 0.0)
-    grad_a = grad_b = None
-    if lr_a is not None:
-        rest = torch.where(kept, 0.0, rows)
-        inner = g @ lr_b
-        grad_x = grad_x + torch.where(kept, 0.0, inner @ lr_a)
-        grad_a, grad_b = inner.t() @ rest, g.t() @ (rest @ lr_a.t())
-    grad_weight = g.t() @ torch.where(kept, rows, 0.0)
-    grad_bias = g.sum(0) if bias is not None else None
-    return grad_x.view_as(x), grad_weight, grad_bias, None, None, grad_a, grad_b
-
-
-native_linear.register_autograd(_backward, setup_context=_save)
+native_linear = linear_operator("native_linear", lambda x, t: _run(x, (t,))[0])
 
 
 def _supports(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError, UnavailableError, suggest
 from sparsify.kernels import library
-from sparsify.kernels.native import checked, needs_grad, rows_of
+from sparsify.kernels.native import checked, rows_of
 from sparsify.kernels.spec import SparseTensors
+from sparsify.kernels.torch_operator import needs_grad
 
 
 def gated_mlp(

@@ -15,6 +15,7 @@ class SparseTensors:
 
     weight [O, I] is W (or W − BA for the residual form), in any strides; bias [O] or None; threshold [] fp32;
     scale [I] fp32 or None (all ones); lr_a [R, I] is A and lr_b [O, R] is B, both or neither.
+    density is the share of channels that calibration text kept: a hint for choosing a kernel, never part of the result.
     """
 
     weight: Tensor
@@ -23,6 +24,7 @@ class SparseTensors:
     scale: Tensor | None = None
     lr_a: Tensor | None = None
     lr_b: Tensor | None = None
+    density: float | None = None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class NativePlan:
         if isinstance(module, SparseLinear):
             tensors = module.tensors()
             found = checked(self.dtype, module.sparse_in, tensors)
-            self._tensors += [t for t in vars(tensors).values() if t is not None]
+            self._tensors += [t for t in vars(tensors).values() if isinstance(t, Tensor)]
             return found
         assert isinstance(module, nn.Linear)
         dense = SparseTensors(module.weight, module.bias, torch.zeros(()))
