@@ -18,9 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparsify.errors import SparsifyError
 from sparsify.kernels import large_pages
+from sparsify.llama_like import has_hooks
 from sparsify.mapped import MappedWeights
 from sparsify.native_cache import MOST_SEQUENCES, buffers_of, usable
-from sparsify.native_plan import NativePlan, has_hooks, problem
+from sparsify.native_plan import NativePlan, problem
 
 # Positions whose rotation is computed at once.
 _ANGLES = 256
