@@ -64,16 +64,17 @@ triton_linear = linear_operator("triton_linear", lambda x, t: _run(x, (t,))[0])
 
 
 @cache
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Returns whether Triton is there: without it the modules of `gpu` cannot be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _supports(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> bool:
-    return _is_ours(device, dtype) and _is_installed()
+    return _is_ours(device, dtype) and is_installed()
 
 
 def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _is_ours(device, dtype) or _is_installed():
+    if not _is_ours(device, dtype) or is_installed():
         return None
     return (
         "Triton is not installed, so the GPU kernels cannot run and the dense product of torch does: pip install triton"

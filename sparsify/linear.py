@@ -44,6 +44,8 @@ class _SparseLayer(nn.Module):
     switch: SparsitySwitch
     backend: Backend
     backend_name: str | None
+    # The share of channels that calibration text kept: a hint for choosing a kernel.
+    density: float | None = None
 
     def _add_buffers(self, inputs: int, outputs: int, *, scaled: bool, rank: int, switch: SparsitySwitch) -> None:
         like = self.weight
@@ -81,7 +83,7 @@ class _SparseLayer(nn.Module):
                 self.lr_b = self.lr_b.contiguous()
 
     def tensors(self) -> SparseTensors:
-        return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
+        return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
 
     def _run(self, x: Tensor) -> Tensor | None:
         """Returns the output by the backend; None where torch's own dense linear is right and fast."""
@@ -149,7 +151,7 @@ class SparseConv1D(_SparseLayer, Conv1D):  # type: ignore[misc]
         self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
 
     def tensors(self) -> SparseTensors:
-        return SparseTensors(self.weight.t(), self.bias, self.threshold, self.scale, self.lr_a, self.lr_b)
+        return SparseTensors(self.weight.t(), self.bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._run(x)

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.kernels import triton_backend
 from sparsify.linear import SparsitySwitch, is_linear, make_sparse
 from sparsify.mapped import MappedWeights
 from sparsify.preflight import check_files, check_loaded
@@ -58,7 +59,7 @@ class SparsifyQuantizer(HfQuantizer):
             if layer.weight.data_ptr() != loaded.data_ptr():
                 mapped.forget(loaded)
         set_prefill(model, os.environ.get(PREFILL_VARIABLE) or self.quantization_config.prefill)
-        _decode_natively(model)
+        _decode_fast(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -90,11 +91,19 @@ def attach(model: PreTrainedModel, config: SparsifyConfig) -> None:
     marked.is_quantized = True
     marked.quantization_method = QUANT_METHOD
     set_prefill(model, config.prefill)
-    _decode_natively(model)
+    for name, layer in sparse_layers(model).items():
+        layer.density = config.linears[name].density
+    _decode_fast(model)
 
 
-def _decode_natively(model: PreTrainedModel) -> None:
-    # Imported here: it needs more of transformers than there is when this module is imported.
+def _decode_fast(model: PreTrainedModel) -> None:
+    # Imported here: they need more of transformers than there is when this module is imported.
+    if model.device.type == "cuda":
+        if triton_backend.is_installed():
+            from sparsify import gpu_decode
+
+            gpu_decode.enable_where_possible(model)
+        return
     from sparsify.native_decode import enable_where_possible
 
     enable_where_possible(model)
@@ -118,7 +127,9 @@ def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
         rows, columns = linear.weight.shape
         if entry.rank > min(rows, columns):
             raise CheckpointError(f"quantization_config gives {name} [{rows}, {columns}] the rank {entry.rank}")
-        model.set_submodule(name, make_sparse(linear, scaled=entry.scaled, rank=entry.rank, switch=switch))
+        layer = make_sparse(linear, scaled=entry.scaled, rank=entry.rank, switch=switch)
+        layer.density = entry.density
+        model.set_submodule(name, layer)
 
 
 # Importing this module first imports the table of quantizers, whose hook finds it half-imported and leaves it to this.

@@ -25,7 +25,7 @@ _CHUNK, _BLOCK = 256, 64
 
 @triton.jit
 def decode_attention(
-    q,  # [B, H, D]
+    q,  # [B, H, D]; q, k and v may be parts of wider rows
     k,  # [B, KH, D]
     v,  # [B, KH, D]
     keys,  # cache [B, KH, S, D]
@@ -38,6 +38,10 @@ def decode_attention(
     y,  # [B, H, D]
     partial,  # [B, KH, CHUNKS, GROUP, D + 4] fp32: sums, the maximum, the sum of weights, two unused
     counter,  # [B, KH] int32, zero before and after
+    q_stride,
+    k_stride,
+    v_stride,
+    key_heads,
     capacity,
     scaling,
     epsilon,
@@ -64,6 +68,8 @@ def decode_attention(
     last_chunk = now // CHUNK
     if (chunk >= first_chunk) & (chunk <= last_chunk):
         half: tl.constexpr = SIZE // 2
+        sequence = head // key_heads
+        own = head % key_heads
         d = tl.arange(0, HALF_PADDED)
         inside_d = d < half
         e = tl.arange(0, SIZE_PADDED)
@@ -73,7 +79,7 @@ def decode_attention(
         cache = head.to(tl.int64) * capacity * SIZE
         cos_low, cos_high, sin_low, sin_high = _angles(cosine, sine, now, d, inside_d, SIZE)
         if chunk == last_chunk:
-            at = k + head * SIZE + d[None, :]
+            at = k + sequence * k_stride + own * SIZE + d[None, :]
             low, high = _turned(
                 tl.load(at, mask=inside_d[None, :], other=0.0), tl.load(at + half, mask=inside_d[None, :], other=0.0),
                 cos_low, cos_high, sin_low, sin_high, k_weight, d, inside_d, epsilon, NORMED, SIZE,
@@ -81,12 +87,11 @@ def decode_attention(
             new = keys + cache + now * SIZE + d[None, :]
             tl.store(new, low, mask=inside_d[None, :])
             tl.store(new + half, high, mask=inside_d[None, :])
-            tl.store(
-                values + cache + now * SIZE + e, tl.load(v + head * SIZE + e, mask=inside_e, other=0.0), mask=inside_e
-            )
+            fresh = tl.load(v + sequence * v_stride + own * SIZE + e, mask=inside_e, other=0.0)
+            tl.store(values + cache + now * SIZE + e, fresh, mask=inside_e)
             # The loop below reads them back from memory, by other threads.
             tl.debug_barrier()
-        at = q + (head * GROUP + g)[:, None] * SIZE + d[None, :]
+        at = q + sequence * q_stride + (own * GROUP + g)[:, None] * SIZE + d[None, :]
         there = inside_g[:, None] & inside_d[None, :]
         low, high = _turned(
             tl.load(at, mask=there, other=0.0), tl.load(at + half, mask=there, other=0.0),
@@ -213,6 +218,7 @@ def run_attention(
 ) -> Tensor:
     """Returns y [B, H · D] for q [B, H · D], k and v [B, KH · D], and appends k and v to the caches [B, KH, S, D].
 
+    Rows of q, k and v are in one piece each; they may be parts of wider ones.
     cosine and sine are [S, D] in the dtype of q, position [] int64 is the number of tokens in the cache; window: how
     many positions a token sees, itself among them; q_weight and k_weight [D]: gains of a norm of every head.
     """
@@ -224,6 +230,10 @@ def run_attention(
         q, k, v, keys, values, cosine, sine, q_weight, k_weight, position, y,
         scratch.empty(batch * key_heads * chunks * group * (size + 4), torch.float32),
         scratch.counters(batch * key_heads),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        key_heads,
         capacity, scaling, epsilon,
         NORMED=q_weight is not None,
         WINDOW=window or 0,

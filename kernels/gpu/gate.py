@@ -14,16 +14,28 @@ _BLOCK = 1024
 
 
 @triton.jit
-def gate_product(gate, up, h, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    tl.store(h + at, load_input(gate, up, at, inside, True, ACTIVATION).to(h.dtype.element_ty), mask=inside)
+def gate_product(
+    gate,  # [T, F]; gate and up may be parts of wider rows
+    up,  # [T, F]
+    h,  # [T, F]
+    stride,
+    neurons,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(1)
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = f < neurons
+    value = load_input(gate + token * stride, up + token * stride, f, inside, True, ACTIVATION)
+    tl.store(h + token * neurons + f, value.to(h.dtype.element_ty), mask=inside)
 
 
 def run_gate(gate: Tensor, up: Tensor, activation: str, *, scratch: Scratch) -> Tensor:
-    """Returns act(gate) · up, [T, F] as both."""
-    h = scratch.empty(gate.numel(), gate.dtype).view(gate.shape)
-    gate_product[(triton.cdiv(gate.numel(), _BLOCK),)](
-        gate, up, h, gate.numel(), ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
+    """Returns act(gate) · up for both [T, F], with the same stride from row to row."""
+    assert gate.stride() == up.stride()
+    tokens, neurons = gate.shape
+    h = scratch.empty(gate.numel(), gate.dtype).view(tokens, neurons)
+    gate_product[(triton.cdiv(neurons, _BLOCK), tokens)](
+        gate, up, h, gate.stride(0), neurons, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
     )
     return h
