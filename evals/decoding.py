@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from sparsify.calibration import hooked
+from sparsify.evals.graph_decoding import Graphs
 from sparsify.evals.realised import RealisedDensity
 from sparsify.evals.shapes import set_thresholds
 from sparsify.evals.stream import wait
@@ -25,14 +26,16 @@ from sparsify.runtime import dense, sparse_layers
 
 # Steps after the prompt that are not measured: they set up threads, buffers and caches.
 WARM_UP_STEPS = 4
-Path = Literal["native", "transformers", "compiled"]
+mark_step: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+Path = Literal["native", "graph", "transformers", "compiled"]
 
 
 @dataclass(frozen=True)
 class Side:
     """A model and how its steps run.
 
-    path: the native step, transformers' own code, or that code compiled; run_dense: sparsity is switched off;
+    path: the native step, CUDA graphs of ours, transformers' own code, or that code compiled; graphs: the graphs of a
+    side that has them; run_dense: sparsity is switched off;
     step: what is called for a step of a compiled side; thresholds: set before it runs, by layer; sparsity: nominal;
     logits_difference: relative norm to the same weights on transformers' path, once it is known.
     """
@@ -43,6 +46,7 @@ class Side:
     path: Path
     run_dense: bool = True
     step: Callable[..., Any] | None = None
+    graphs: Graphs | None = None
     thresholds: Mapping[str, float] | None = None
     sparsity: float | None = None
     logits_difference: float | None = None
@@ -70,6 +74,9 @@ def decode(side: Side, tokens: Tensor, prompt_tokens: int, *, capacity: int | No
 
     capacity: tokens that a compiled side's cache is made for, S where None; another one is compiled anew.
     """
+    if side.graphs is not None and side.path == "graph":
+        with running(side):
+            return Decoded(*_by_graphs(side.graphs, side, tokens, prompt_tokens), 0)
     native = native_forward_of(side.model)
     before = native.steps if native is not None else 0
     seconds: list[float] = []
@@ -79,6 +86,8 @@ def decode(side: Side, tokens: Tensor, prompt_tokens: int, *, capacity: int | No
         for token in steps:
             wait(side.model.device)
             started = time.perf_counter()
+            if side.step is not None:
+                mark_step()
             logits = step(input_ids=token, past_key_values=cache, use_cache=True).logits
             logits[:, -1:].argmax(-1)
             wait(side.model.device)
@@ -115,8 +124,15 @@ def running(side: Side) -> Iterator[None]:
         if side.path != "native":
             stack.enter_context(transformers_path(side.model))
         if side.thresholds is not None:
-            set_thresholds(side.model, side.thresholds)
+            set_thresholds(side.model, side.thresholds, None if side.sparsity is None else 1.0 - side.sparsity)
         yield
+
+
+def _by_graphs(graphs: Graphs, side: Side, tokens: Tensor, prompt_tokens: int) -> tuple[list[float], Tensor]:
+    seconds, logits = graphs.decode(
+        tokens, prompt_tokens, run_dense=side.run_dense, of=side.sparsity if side.thresholds is not None else None
+    )
+    return seconds, logits.float()
 
 
 def _prefilled(side: Side, tokens: Tensor, prompt_tokens: int, capacity: int) -> tuple[Any, list[Tensor]]:

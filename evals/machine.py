@@ -1,12 +1,14 @@
 """What a measurement has to say about the machine: processor, caches, free memory, threads, versions.
 
-Read from Linux's /proc and /sys; what another system does not tell is None. Not covered: GPUs beyond their name.
+Read from Linux's /proc and /sys; what another system does not tell is None. Not covered: AMD's clocks.
 """
 
 import os
 import platform
+import subprocess
 import time
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,15 +29,35 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": processor(),
         "threads": torch.get_num_threads(),
         "isa": instruction_set(),
-        "last_level_cache_bytes": last_level_cache(),
+        "last_level_cache_bytes": cache_of(device),
         "versions": {
             "sparsify": sparsify.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            **({"triton": _version("triton"), "cuda": torch.version.cuda} if device.type == "cuda" else {}),
         },
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **({"gpu": gpu(device)} if device.type == "cuda" else {}),
     }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Returns what a GPU is and how it is set, as torch and NVIDIA's tool tell; nothing is changed."""
+    properties = torch.cuda.get_device_properties(device)
+    told = {
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    index = str(device.index or torch.cuda.current_device())
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "-i", index]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return told
+    return told | dict(zip(asked, (part.strip() for part in answer.split(",")), strict=False))
 
 
 def processor() -> str:
@@ -62,6 +84,13 @@ def last_level_cache() -> int | None:
                 found[int(_read(folder / "level")), shared] = int(size[:-1]) * _UNITS[size[-1]]
     last = max((level for level, _ in found), default=0)
     return sum(size for (level, _), size in found.items() if level == last) or None
+
+
+def cache_of(device: torch.device) -> int | None:
+    """Returns the bytes of the last-level cache that a device's memory is read through."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return last_level_cache()
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -94,6 +123,13 @@ def waited_seconds() -> float | None:
     """Returns how long this process' threads were ready to run and had no CPU, added up since they started."""
     waits = [_read(task / "schedstat").split() for task in (_PROC / "self" / "task").glob("*")]
     return sum(int(wait[1]) for wait in waits if len(wait) > 1) / 1e9 if any(waits) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _system_memory() -> int | None:

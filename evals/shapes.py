@@ -129,10 +129,14 @@ def teal_thresholds(
     }
 
 
-def set_thresholds(model: PreTrainedModel, thresholds: Mapping[str, float]) -> None:
-    """Writes the thresholds into a converted model's layers in place, so one copy of the weights serves many."""
+def set_thresholds(model: PreTrainedModel, thresholds: Mapping[str, float], density: float | None = None) -> None:
+    """Writes the thresholds into a converted model's layers in place, so one copy of the weights serves many.
+
+    density: the share of channels that they keep, by which kernels choose their form.
+    """
     for name, layer in sparse_layers(model).items():
         layer.threshold.fill_(thresholds[name])
+        layer.density = layer.density if density is None else density
 
 
 def save_random(name: str, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:

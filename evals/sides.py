@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsify.evals.decoding import Decoded, Side, decode
+from sparsify.evals import graph_decoding
+from sparsify.evals.decoding import Decoded, Path, Side, decode
+from sparsify.evals.graph_decoding import Graphs
 from sparsify.evals.machine import available_memory
 from sparsify.native_decode import disable, enable_where_possible, native_forward_of
 from sparsify.runtime import sparse_layers
@@ -69,8 +71,10 @@ def sides_of(
     thresholds: by sparsity and layer; each sparsity is a side of its own, with one copy of the weights.
     """
     sides = []
-    converted, native = bool(sparse_layers(model)), native_forward_of(model) is not None
-    own = Side("dense", _ABOUT["dense" if converted else "dense-rows"], model, "native" if native else "transformers")
+    converted = bool(sparse_layers(model))
+    path, graphs = _fast_path(model)
+    fast = path != "transformers"
+    own = Side("dense", _ABOUT["dense" if converted else "dense-rows"], model, path, graphs=graphs)
     if converted and not thresholds:
         sides.append(replace(own, name="sparse", about=_ABOUT["sparse"], run_dense=False))
     for sparsity, values in (thresholds or {}).items():
@@ -80,13 +84,23 @@ def sides_of(
     rows = rows if converted else model
     if rows is None:
         return sides
-    if native and converted:
-        sides.append(Side("dense-rows", _ABOUT["dense-rows"], rows, "native"))
-    if native or converted:
+    if fast and converted:
+        path, graphs = _fast_path(rows)
+        sides.append(Side("dense-rows", _ABOUT["dense-rows"], rows, path, graphs=graphs))
+    if fast or converted:
         sides.append(Side("transformers", _ABOUT["transformers"], rows, "transformers"))
     if compiled:
         sides.append(Side("compiled", _ABOUT["compiled"], rows, "compiled", step=_compiled(rows)))
     return sides
+
+
+def _fast_path(model: PreTrainedModel) -> tuple[Path, Graphs | None]:
+    """Returns the fastest way of ours to run the model's steps."""
+    if native_forward_of(model) is not None:
+        return "native", None
+    if graph_decoding.problem(model) is None:
+        return "graph", Graphs(model)
+    return "transformers", None
 
 
 def first_runs(sides: Sequence[Side], tokens: Tensor, prompt_tokens: int) -> tuple[dict[str, Decoded], dict[str, str]]:
@@ -127,6 +141,7 @@ def logits_difference(side: Side, runs: Mapping[str, Decoded], tokens: Tensor, p
 
 
 def _compiled(model: PreTrainedModel) -> Callable[..., Any]:
-    # The class's own forward: the native step may stand in the place of the model's.
-    forward = torch.compile(type(model).forward)
+    # The class's own forward: the native step may stand in the place of the model's. On a GPU with CUDA graphs.
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    forward = torch.compile(type(model).forward, mode=mode)
     return lambda **kwargs: forward(model, **kwargs)

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify.errors import SparsifyError
+from sparsify.evals import graph_decoding
 from sparsify.evals.decoding import WARM_UP_STEPS, Side, count, decode
 from sparsify.evals.interleaving import Progress, Spread, in_turns, medians, ratio
-from sparsify.evals.machine import CpuWait, environment, last_level_cache
+from sparsify.evals.machine import CpuWait, cache_of, environment
 from sparsify.evals.sides import CHECKED_STEPS, first_runs, logits_difference, prepared, sides_of
 from sparsify.evals.stream import Stream
 from sparsify.ledger import Ledger, ledger_of, rest_bytes
@@ -26,7 +27,8 @@ from sparsify.native_plan import problem
 from sparsify.runtime import sparse_layers, switch_of
 
 PROTOCOL = (
-    "every side fed the same tokens, head and argmax included, eager with a dynamic cache (compiled: a static one), "
+    "every side fed the same tokens, head and argmax included, eager with a dynamic cache (graphs and compiled: a "
+    "static one), "
     "sides in turns by round, another one first each time"
 )
 
@@ -72,8 +74,8 @@ class Speed:
     """All sides by name. ratios[a][b]: how many times as fast a is as b, from the medians of each round.
 
     best_dense: the dense side with the shortest median step; left_out: sides that are not here, and why;
-    native_problem: why the model cannot have the native step; prefill: how a sparse side's prompt ran; waited_for_cpu:
-    the share of `CpuWait` over the rounds, not 0 on a machine that is busy.
+    native_problem: why the model cannot have the native step, or on a GPU the graphs; prefill: how a sparse side's
+    prompt ran; waited_for_cpu: the share of `CpuWait` over the rounds, not 0 on a machine that is busy.
     """
 
     sides: dict[str, SideSpeed]
@@ -109,18 +111,21 @@ def decode_speed(
     rows: PreTrainedModel | None = None,
     compiled: bool = False,
     thresholds: Mapping[float, Mapping[str, float]] | None = None,
+    counted_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Speed:
     """Measures every side that there is on tokens [B, S] int64: a prompt, WARM_UP_STEPS and the steps that count.
 
     rows: the dense weights of a converted model once more, row-major; thresholds: TEAL's by sparsity and layer, with a
-    sparse side for each. Raises SparsifyError for tokens that are too few, too many for the model, or not [B, S].
+    sparse side for each; counted_tokens: steps whose kept channels are counted, all where None. Raises SparsifyError
+    for tokens that are too few, too many for the model, or not [B, S].
     """
     new_tokens = _check(model, tokens, prompt_tokens, rounds)
     tokens = tokens.to(model.device)
     with prepared(model, rows):
         sides, failed = _working(sides_of(model, rows, compiled=compiled, thresholds=thresholds), tokens, prompt_tokens)
-        touched = {side.name: _touched(side, tokens, prompt_tokens) for side in sides}
+        last = tokens.shape[1] if counted_tokens is None else prompt_tokens + counted_tokens
+        touched = {side.name: _touched(side, tokens[:, :last], prompt_tokens) for side in sides}
         stream = Stream(model.device)
         turns: dict[str, Callable[[], list[float]]] = {"stream": stream.gb_per_second}
         turns |= {side.name: _timed(side, tokens, prompt_tokens) for side in sides}
@@ -133,7 +138,7 @@ def decode_speed(
         ratios={a: {b: ratio(measured[b], measured[a]) for b in measured if b != a} for a in measured},
         best_dense=_fastest({name: side for name, side in results.items() if not side.sparse}),
         left_out=failed,
-        native_problem=problem(model),
+        native_problem=graph_decoding.problem(model) if model.device.type == "cuda" else problem(model),
         stream={"kind": stream.kind, "buffer_bytes": stream.size, "gb_per_second": asdict(Spread.of(speeds))},
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -209,7 +214,7 @@ def _as_asked(ledger: Ledger, sparsity: float) -> Ledger:
 
 def _result(side: Side, rounds: list[list[float]], stream: list[float], batch: int, touched: Touched) -> SideSpeed:
     step = Spread.of([1e3 * seconds for steps in rounds for seconds in steps])
-    cache = last_level_cache()
+    cache = cache_of(side.model.device)
     shares = [touched.bytes_per_step / s / 1e9 / gb for s, gb in zip(medians(rounds), stream, strict=True)]
     return SideSpeed(
         about=side.about,

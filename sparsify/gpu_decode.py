@@ -53,9 +53,11 @@ _KNOWN = {
 class Choice:
     """How a next token is chosen: the highest score, or drawn from the scores as the warpers leave them.
 
-    ends: tokens that end a sequence; pad: what follows in one that has ended.
+    ends: tokens that end a sequence; pad: what follows in one that has ended; follow: the next token is that of a text
+    (`GpuDecoder.following`), and what is chosen is only written down.
     """
 
+    follow: bool = False
     sample: bool = False
     warpers: tuple[Any, ...] = ()
     ends: tuple[int, ...] = ()
@@ -64,7 +66,7 @@ class Choice:
     @property
     def key(self) -> tuple[Any, ...]:
         settings = [(type(w).__name__, *sorted((k, str(v)) for k, v in vars(w).items())) for w in self.warpers]
-        return (self.sample, tuple(settings), self.ends, self.pad)
+        return (self.follow, self.sample, tuple(settings), self.ends, self.pad)
 
 
 class GpuDecoder:
@@ -75,15 +77,25 @@ class GpuDecoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, batch: int = 1, capacity: int = _CAPACITY, run_dense: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        batch: int = 1,
+        capacity: int = _CAPACITY,
+        run_dense: bool = False,
+        share: GpuStep | None = None,
     ) -> None:
         self.model, self.batch, self.run_dense = model, batch, run_dense
-        self._make(capacity)
+        self._make(capacity, share)
 
-    def _make(self, capacity: int) -> None:
-        self.step = GpuStep(self.model, batch=self.batch, capacity=capacity, run_dense=self.run_dense)
+    # Its buffers outlive the call that makes them, which may run under inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _make(self, capacity: int, share: GpuStep | None = None) -> None:
+        self.step = GpuStep(self.model, batch=self.batch, capacity=capacity, run_dense=self.run_dense, share=share)
         device = self.model.device
         self._written = torch.zeros(self.batch, capacity + 1, dtype=torch.int64, device=device)
+        self._text = torch.zeros_like(self._written)
         self._ended = torch.zeros(self.batch, dtype=torch.bool, device=device)
         self._replays: dict[tuple[Any, ...], Callable[[], object]] = {}
         self.logits = torch.zeros(0, device=device)
@@ -133,8 +145,13 @@ class GpuDecoder:
             self._replays[choice.key] = self._captured(choice)
         return self._replays[choice.key]
 
+    def following(self, text: Tensor) -> Callable[[], object]:
+        """Returns a replay whose next tokens are those of text [B, S] at their positions, whatever would be chosen."""
+        self._text[:, : text.shape[1]] = text
+        return self.replay(Choice(follow=True))
+
     def start(self, tokens: Tensor, position: int) -> None:
-        """Sets the next tokens [B] and their position, for measurements."""
+        """Sets the next tokens [B] and their position."""
         self.step.tokens.copy_(tokens)
         self.step.position.fill_(position)
         self._ended.zero_()
@@ -185,8 +202,11 @@ class GpuDecoder:
             chosen = torch.where(self._ended, choice.pad, chosen)
             for end in choice.ends:
                 self._ended.logical_or_(chosen == end)
-        self.step.tokens.copy_(chosen)
         self.step.position.add_(1)
+        if choice.follow:
+            self.step.tokens.copy_(self._text.index_select(1, self.step.position.view(1)).view(-1))
+        else:
+            self.step.tokens.copy_(chosen)
         self._written.index_copy_(1, self.step.position.view(1), chosen.view(-1, 1))
 
 
@@ -307,7 +327,7 @@ def _choice(processors: LogitsProcessorList, criteria: Sequence[Any], config: An
     if ends and pad is None:
         return None
     sample = config.get_generation_mode() is GenerationMode.SAMPLE
-    return Choice(sample, tuple(processors), tuple(ends), 0 if pad is None else int(pad))
+    return Choice(sample=sample, warpers=tuple(processors), ends=tuple(ends), pad=0 if pad is None else int(pad))
 
 
 def _trimmed(written: Tensor, length: int, choice: Choice) -> Tensor:

@@ -116,12 +116,19 @@ class GpuStep:
     """One decode step of `batch` sequences that are all at one position, over a static cache of `capacity` tokens.
 
     tokens [B] int64 and position [] int64 are read on the device; keys and values are [B, KH, capacity, D] by block.
-    run_dense: converted layers keep every channel. Raises SparsifyError for a model that `problem` has words for, more
+    run_dense: converted layers keep every channel; share: another step of the model, batch and capacity whose cache
+    this one uses too. Raises SparsifyError for a model that `problem` has words for, more
     sequences than a launch takes, or more positions than the model has.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, batch: int = 1, capacity: int = 1024, run_dense: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        batch: int,
+        capacity: int,
+        run_dense: bool = False,
+        share: "GpuStep | None" = None,
     ) -> None:
         reason = problem(model)
         if reason is not None:
@@ -143,8 +150,10 @@ class GpuStep:
         self._head = self._site([model_.lm_head])
         device = model.device
         shape = (batch, config.num_key_value_heads, capacity, int(first.head_dim))
-        self.keys = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in self._blocks]
-        self.values = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in self._blocks]
+        if share is not None and (share.model is not model or share.keys[0].shape != shape):
+            raise SparsifyError(f"the cache to share is {list(share.keys[0].shape)}, {list(shape)} is needed here")
+        self.keys: list[Tensor] = _zeros(len(self._blocks), shape, model) if share is None else share.keys
+        self.values: list[Tensor] = _zeros(len(self._blocks), shape, model) if share is None else share.values
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._cosine, self._sine = self._angles()
@@ -224,6 +233,10 @@ class GpuStep:
         return torch.cat(cosine).contiguous(), torch.cat(sine).contiguous()
 
 
+def _zeros(number: int, shape: tuple[int, ...], model: PreTrainedModel) -> list[Tensor]:
+    return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(number)]
+
+
 def _head_norms(attention_module: Any) -> dict[str, Any]:
     if not hasattr(attention_module, "q_norm"):
         return {}
@@ -236,15 +249,15 @@ def _every(layer: SparseLinear) -> SparseTensors:
     return SparseTensors(layer.weight, layer.bias, layer.threshold.new_full((), -1.0))
 
 
-def _merged(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _merged(parameters: Sequence[Tensor]) -> Tensor:
     """Returns the parameters as one tensor, of which each becomes a part: no second copy stays."""
     if len(parameters) == 1:
-        return parameters[0].data
-    first = parameters[0].data
+        return parameters[0].detach()
+    first = parameters[0].detach()
     rows = sum(p.shape[0] for p in parameters)
     if all(p.is_contiguous() for p in parameters) and all(_follows(a, b) for a, b in pairwise(parameters)):
         return first.as_strided((rows, *first.shape[1:]), first.stride())
-    whole = torch.cat([p.data for p in parameters])
+    whole = torch.cat([p.detach() for p in parameters])
     for parameter, part in zip(parameters, torch.split(whole, [p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
     return whole

@@ -29,8 +29,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton's interpreter, for tests without a GPU: it has no products in bf16.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# The rule for tiles where there is no device to ask: an A100's number.
-_MULTIPROCESSORS = 108
+# Where there is no device to ask: an A100's number, and few programs for the interpreter, which runs them in turn.
+_MULTIPROCESSORS, _INTERPRETER_MULTIPROCESSORS = 108, 4
 _SEGMENT, _BLOCK_R, _BLOCK_K = 4096, 4, 1024
 _SELECT_WARPS = 8
 
@@ -53,7 +53,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def multiprocessors_of(device: torch.device) -> int:
     """Returns the number of multiprocessors (AMD: compute units) of a device."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS
+        return _INTERPRETER_MULTIPROCESSORS if device.type == "cpu" else _MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

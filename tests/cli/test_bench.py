@@ -20,8 +20,8 @@ _QUICK = ["--rounds", "2", "--new-tokens", "4", "--prompt-tokens", "8"]
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream of 64 kB, two copies of each weight, and a shape that is made in no time."""
     monkeypatch.setattr(stream, "_LEAST_BYTES", 1 << 16)
-    for module in (stream, cold_calls):
-        monkeypatch.setattr(module, "last_level_cache", lambda: None)
+    monkeypatch.setattr(stream, "cache_of", lambda device: None)
+    monkeypatch.setattr(cold_calls, "last_level_cache", lambda: None)
     values = {
         "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -26,7 +26,7 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", (LlamaConfig, values))
     monkeypatch.setattr(demo, "_SHAPE", "tiny")
     monkeypatch.setattr(stream, "_LEAST_BYTES", 1 << 16)
-    monkeypatch.setattr(stream, "last_level_cache", lambda: None)
+    monkeypatch.setattr(stream, "cache_of", lambda device: None)
 
 
 def test_the_commands_are_accepted_and_the_table_is_made(

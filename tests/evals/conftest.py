@@ -9,5 +9,5 @@ from sparsify.evals import cold_calls, stream
 def small_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream of 64 kB and two copies of each weight."""
     monkeypatch.setattr(stream, "_LEAST_BYTES", 1 << 16)
-    for module in (stream, cold_calls):
-        monkeypatch.setattr(module, "last_level_cache", lambda: None)
+    monkeypatch.setattr(stream, "cache_of", lambda device: None)
+    monkeypatch.setattr(cold_calls, "last_level_cache", lambda: None)

@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, shape in _MODELS.items():
         monkeypatch.setitem(shapes.SHAPES, name, shape)
     monkeypatch.setattr(stream, "_LEAST_BYTES", 1 << 16)
-    monkeypatch.setattr(stream, "last_level_cache", lambda: None)
+    monkeypatch.setattr(stream, "cache_of", lambda device: None)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_ratios_are_those_of_the_rounds(rows: PreTrainedModel, converted: PreTra
 
 
 def test_bytes_are_the_ledgers(converted: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "last_level_cache", lambda: int(ledger.dense_bytes))
+    monkeypatch.setattr(speed, "cache_of", lambda device: int(ledger.dense_bytes))
     ledger = ledger_of(converted)
     result = decode_speed(converted, _tokens(), prompt_tokens=_PROMPT, rounds=1)
     sparse, dense = result.sides["sparse"], result.sides["dense"]
@@ -223,7 +223,7 @@ def test_realised_density_is_not_counted_in_timed_rounds(
 def test_a_failed_compilation_is_a_side_left_out(
     rows: PreTrainedModel, converted: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(forward: Any) -> Any:
+    def fail(forward: Any, mode: str | None) -> Any:
         def run(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("no C++ compiler\nmore lines")
 
@@ -239,7 +239,7 @@ def test_a_compiled_side_runs_its_own_step(
     rows: PreTrainedModel, converted: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The compiler itself takes half a minute: what it is given and how its result is used are tested without it.
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, mode: forward)
     result = decode_speed(converted, _tokens(), prompt_tokens=_PROMPT, rounds=1, rows=rows, compiled=True)
     compiled = result.sides["compiled"]
     assert compiled.path == "compiled"
