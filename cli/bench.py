@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsify.cli.bench_view import render_crossover, render_speed, statements
-from sparsify.cli.loading import BackendOption, DeviceOption, DtypeOption, PrefillOption, TrustOption, load
+from sparsify.cli.loading import BackendOption, DeviceOption, DtypeOption, PrefillOption, TrustOption, load, pick_device
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption
 from sparsify.cli.progress import Progress
 from sparsify.errors import SparsifyError
@@ -138,8 +138,6 @@ def _shape(
     from sparsify.evals.random_subject import random_subject
     from sparsify.runtime import set_prefill, sparse_layers
 
-    if device not in (None, "cpu"):
-        raise SparsifyError(f"--shape is made and measured on the CPU, not on {device}")
     subject = random_subject(
         name,
         sparsities=sparsity or [_SPARSITY],
@@ -148,6 +146,7 @@ def _shape(
         prompt_tokens=prompt_tokens,
         length=prompt_tokens + WARM_UP_STEPS + new_tokens,
         batch=batch,
+        device=pick_device(device),
     )
     for layer in sparse_layers(subject.model).values() if backend is not None else ():
         layer.bind(backend)

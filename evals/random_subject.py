@@ -50,21 +50,22 @@ def random_subject(
     prompt_tokens: int,
     length: int,
     batch: int = 1,
+    device: str | torch.device = "cpu",
 ) -> Subject:
-    """Returns the shape converted at these sparsities, with `batch` sequences of `length` random tokens.
+    """Returns the shape on a device, converted at these sparsities, with `batch` sequences of `length` random tokens.
 
     Raises SparsifyError for an unknown shape, method or sparsity, UnavailableError where memory is short.
     """
     configured = [get_method(method).configure(sparsity=sparsity) for sparsity in sparsities]
     if not configured or (len(configured) > 1 and method != "teal"):
         raise SparsifyError(f"{method} has one sparsity in a run: give one --sparsity, or --method teal for several")
-    _check_memory(name, _DTYPES[dtype])
+    _check_memory(name, _DTYPES[dtype], torch.device(device))
 
     def make() -> PreTrainedModel:
-        return random_model(name, dtype=_DTYPES[dtype])
+        return random_model(name, dtype=_DTYPES[dtype], device=device)
 
     if method != "teal":
-        model = sparse_random_model(name, sparsities[0], method, dtype=_DTYPES[dtype])
+        model = sparse_random_model(name, sparsities[0], method, dtype=_DTYPES[dtype], device=device)
         return Subject(model, random_tokens(model, batch, length, seed=1), None, make)
     model = make()
     calibration = random_calibration(model, length=max(length, _LEAST_WINDOW))
@@ -81,8 +82,8 @@ def weight_bytes(name: str, dtype: torch.dtype) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _check_memory(name: str, dtype: torch.dtype) -> None:
-    needed, free = int(_SHARE * weight_bytes(name, dtype)) + _RESERVE, available_memory(torch.device("cpu"))
+def _check_memory(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    needed, free = int(_SHARE * weight_bytes(name, dtype)) + _RESERVE, available_memory(device)
     if free is not None and free < needed:
         raise UnavailableError(
             f"{name} needs {needed / 1e9:.1f} GB of free memory, {free / 1e9:.1f} GB are there: use a smaller shape"

@@ -53,6 +53,34 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
         },
     ),
+    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json, without its scaled rotation
+    "llama-3.2-1b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        },
+    ),
+    # https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/config.json; its positions are 4096: longer here, so
+    # that a context of 4096 tokens can be followed by more.
+    "llama-2-7b": (
+        LlamaConfig,
+        {
+            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        },
+    ),
+    # https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/config.json
+    "llama-3-8b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -64,17 +92,20 @@ def shape_config(name: str) -> PreTrainedConfig:
     return kind(**values)
 
 
-def random_model(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
-    """Returns the shape as a model in evaluation mode, the same weights for the same seed and dtype.
+def random_model(
+    name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Returns the shape as a model in evaluation mode, made on the device; the same weights for the same seed, dtype
+    and kind of device.
 
     Matrices are normal with the standard deviation inputs^-½ (0.022 at 2048), so that products neither grow nor
     vanish; norms and embeddings have the size 1. They are filled in place in dtype: no second copy is ever held.
     """
     config = shape_config(name)
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.tie_weights()
-    _fill(model, torch.Generator().manual_seed(seed))
+    _fill(model, torch.Generator(device).manual_seed(seed))
     loaded: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
     return loaded
 
@@ -91,14 +122,20 @@ def random_calibration(model: PreTrainedModel, windows: int = 4, length: int = 1
 
 
 def sparse_random_model(
-    name: str, sparsity: float, method: str = "teal", *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    name: str,
+    sparsity: float,
+    method: str = "teal",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """Returns random_model converted at one sparsity, calibrated on 4 × 128 random tokens.
 
     Raises SparsifyError for an unknown shape or method, or a sparsity that the method cannot meet.
     """
     configured = get_method(method).configure(sparsity=sparsity)
-    model = random_model(name, dtype=dtype, seed=seed)
+    model = random_model(name, dtype=dtype, seed=seed, device=device)
     return convert(model, configured, random_calibration(model, seed=seed))
 
 

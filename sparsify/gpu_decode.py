@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -286,15 +286,13 @@ def enable(model: PreTrainedModel) -> None:
     if reason is not None:
         raise SparsifyError(f"{type(model).__name__} cannot decode by CUDA graphs: {reason}")
     if generate_of(model) is None:
-        model.generate = Generate(model)  # type: ignore[assignment]
+        cast(Any, model).generate = Generate(model)
 
 
-def enable_where_possible(model: PreTrainedModel) -> bool:
-    """The same for a model that may be of another kind; returns whether it was."""
-    if problem(model) is not None:
-        return False
-    enable(model)
-    return True
+def enable_on_gpu(model: PreTrainedModel) -> None:
+    """The same for a model of any kind, wherever it stands now: graphs are used while it is one that can, on a GPU."""
+    if generate_of(model) is None and isinstance(model, GenerationMixin):
+        cast(Any, model).generate = Generate(model)
 
 
 def disable(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -98,15 +99,13 @@ def attach(model: PreTrainedModel, config: SparsifyConfig) -> None:
 
 def _decode_fast(model: PreTrainedModel) -> None:
     # Imported here: they need more of transformers than there is when this module is imported.
-    if model.device.type == "cuda":
-        if triton_backend.is_installed():
-            from sparsify import gpu_decode
-
-            gpu_decode.enable_where_possible(model)
-        return
     from sparsify.native_decode import enable_where_possible
 
     enable_where_possible(model)
+    if torch.cuda.is_available() and triton_backend.is_installed():
+        from sparsify.gpu_decode import enable_on_gpu
+
+        enable_on_gpu(model)
 
 
 def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:

@@ -172,7 +172,7 @@ def test_a_busy_machine_is_said_to_be(waited: float | None, said: bool) -> None:
         (["--shape", "tyny"], "Did you mean 'tiny'?"),
         (["--shape", "tiny", "--sparsity", "1.5"], "1.5"),
         (["--shape", "tiny", "--method", "wina", "--sparsity", "0.5", "--sparsity", "0.7"], "one --sparsity"),
-        (["--shape", "tiny", "--device", "cuda"], "on the CPU"),
+        (["--shape", "tiny", "--device", "gpu"], "'gpu' is not a device"),
         (["MODEL", "--rounds", "0"], "greater than or equal to 1"),
         (["MODEL", "--new-tokens", "9999", "--prompt-tokens", "8"], "positions"),
         (["MODEL", "--plot", "plot.txt"], ".png, .svg or .pdf"),
