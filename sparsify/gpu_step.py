@@ -26,6 +26,8 @@ from sparsify.kernels.triton_backend import BACKEND
 from sparsify.linear import SparseLinear
 from sparsify.llama_like import Watch, problem_of
 
+# Where a step can be made: on meta tensors its launches can be counted, in Triton's interpreter it runs on a CPU.
+_DEVICES = ("cuda", "meta", *(["cpu"] if site.INTERPRETED else []))
 # Positions whose rotation is computed at once.
 _ANGLES = 4096
 
@@ -35,7 +37,7 @@ def problem(model: PreTrainedModel) -> str | None:
     config: Any = model.config
     found = problem_of(
         model,
-        device="cpu" if site.INTERPRETED and not torch.cuda.is_available() else "cuda",
+        device=model.device.type if model.device.type in _DEVICES else "cuda",
         dtypes=site.DTYPES,
         activations=site.ACTIVATIONS,
         backend=BACKEND.name,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.gpu.launch import launch
 from sparsify.kernels.gpu.scratch import Scratch
 from sparsify.kernels.gpu.site import INTERPRETED
 
@@ -226,7 +227,9 @@ def run_attention(
     group = q.shape[1] // (key_heads * size)
     chunks = triton.cdiv(capacity, _CHUNK)
     y = scratch.empty(q.numel(), q.dtype).view(q.shape)
-    decode_attention[(batch * key_heads, chunks)](
+    launch(
+        decode_attention,
+        (batch * key_heads, chunks),
         q, k, v, keys, values, cosine, sine, q_weight, k_weight, position, y,
         scratch.empty(batch * key_heads * chunks * group * (size + 4), torch.float32),
         scratch.counters(batch * key_heads),

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.gpu.common import load_input
+from sparsify.kernels.gpu.launch import launch
 from sparsify.kernels.gpu.scratch import Scratch
 
 _BLOCK = 1024
@@ -35,7 +36,16 @@ def run_gate(gate: Tensor, up: Tensor, activation: str, *, scratch: Scratch) -> 
     assert gate.stride() == up.stride()
     tokens, neurons = gate.shape
     h = scratch.empty(gate.numel(), gate.dtype).view(tokens, neurons)
-    gate_product[(triton.cdiv(neurons, _BLOCK), tokens)](
-        gate, up, h, gate.stride(0), neurons, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
+    launch(
+        gate_product,
+        (triton.cdiv(neurons, _BLOCK), tokens),
+        gate,
+        up,
+        h,
+        gate.stride(0),
+        neurons,
+        ACTIVATION=activation,
+        BLOCK=_BLOCK,
+        num_warps=4,
     )
     return h

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, suggest
+from sparsify.kernels.gpu.launch import launch
 from sparsify.kernels.gpu.rows import relu_rows
 from sparsify.kernels.gpu.scratch import Scratch, scratch_of
 from sparsify.kernels.gpu.site import ACTIVATIONS, checked, few_rows, groups, on_device, run_select, run_site
@@ -85,7 +86,9 @@ def relu_mlp(
     )
     assert lists is not None
     channels = x.shape[1]
-    relu_rows[(min(_PROGRAMS, triton.cdiv(g.shape[1], _BLOCK_F)),)](
+    launch(
+        relu_rows,
+        (min(_PROGRAMS, triton.cdiv(g.shape[1], _BLOCK_F)),),
         x, g, lists.index, lists.count, up.weight, up.bias, h, up.threshold, up.scale, channels,
         BIASED=up.bias is not None, SCALED=up.scale is not None,
         BLOCK_F=_BLOCK_F, BLOCK_K=min(_BLOCK_K, triton.next_power_of_2(channels)), num_warps=4,

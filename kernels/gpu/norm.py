@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.gpu.common import kept
+from sparsify.kernels.gpu.launch import launch
 from sparsify.kernels.gpu.scratch import Scratch
 from sparsify.kernels.gpu.site import MOST_LINEARS, Lists
 from sparsify.kernels.spec import SparseTensors
@@ -89,7 +90,9 @@ def run_norm(
         size = len(select_for)
         lists = Lists(scratch.empty(size * width, torch.int32), scratch.empty(size, torch.int32))
     nothing = [None] * (MOST_LINEARS - len(select_for))
-    add_norm[(tokens,)](
+    launch(
+        add_norm,
+        (tokens,),
         residual,
         delta,
         weight,

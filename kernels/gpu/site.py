@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.kernels.gpu.gemv import sparse_gemv
+from sparsify.kernels.gpu.launch import launch
 from sparsify.kernels.gpu.scratch import Scratch
 from sparsify.kernels.gpu.select import select
 from sparsify.kernels.gpu.tiles import MOST_TOKENS, RULES, Table, Tile, tile_for
@@ -94,7 +95,9 @@ def run_site(
     blocks = sum(triton.cdiv(n, tile.block_n) for n in outputs)
     split = tile.splits > 1
     first = site[0]
-    sparse_gemv[(blocks, tile.splits)](
+    launch(
+        sparse_gemv,
+        (blocks, tile.splits),
         x,
         up,
         y,
@@ -158,7 +161,9 @@ def run_select(
     segment = min(_SEGMENT, triton.next_power_of_2(channels))
     programs = len(site) * triton.cdiv(channels, segment) if indexed else 0
     programs += tokens * sum(triton.cdiv(rank, _BLOCK_R) for rank in ranks)
-    select[(programs,)](
+    launch(
+        select,
+        (programs,),
         x,
         x if up is None else up,
         clear,
