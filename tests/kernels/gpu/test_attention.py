@@ -81,7 +81,7 @@ def expected(s: Step) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, H · D], and both caches afterwards, by transformers' functions in the dtype, and softmax in fp64."""
     batch, key_heads, _, size = s.keys.shape
     now = int(s.position)
-    q, k, v = (x.view(batch, -1, 1, size) for x in (s.q, s.k, s.v))
+    q, k, v = (x.reshape(batch, -1, 1, size) for x in (s.q, s.k, s.v))
     if s.q_weight is not None and s.k_weight is not None:
         q, k = normed(q, s.q_weight), normed(k, s.k_weight)
     q, k = apply_rotary_pos_emb(q, k, s.cosine[None, now : now + 1], s.sine[None, now : now + 1])
@@ -127,7 +127,7 @@ def test_contexts(position: int, scratch: Scratch, device: torch.device) -> None
     assert_right(step(position, device, group=2, size=32, capacity=768), scratch)
 
 
-@pytest.mark.parametrize("window", [1, 2, 64, 100, 256, 257, 1000])
+@pytest.mark.parametrize("window", [1, 100, 256, 1000])
 def test_windows(window: int, scratch: Scratch, device: torch.device) -> None:
     """What a window leaves out is not read: it can be NaN."""
     for position in (0, 63, 256, 600):
@@ -142,12 +142,12 @@ def test_groups(group: int, scratch: Scratch, device: torch.device) -> None:
     assert_right(step(70, device, key_heads=2, group=group, size=32, capacity=128), scratch)
 
 
-@pytest.mark.parametrize("size", [2, 16, 32, 64, 80, 96, 100, 128, 192, 256])
+@pytest.mark.parametrize("size", [2, 16, 32, 80, 96, 128, 256])
 def test_head_sizes(size: int, scratch: Scratch, device: torch.device) -> None:
     assert_right(step(70, device, key_heads=2, group=2, size=size, capacity=100, dtype=torch.float16), scratch)
 
 
-@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("size", [64, 80])
 def test_norms_of_heads(size: int, scratch: Scratch, device: torch.device) -> None:
     assert_right(step(70, device, key_heads=2, group=3, size=size, capacity=100, normed=True), scratch)
 
@@ -169,6 +169,14 @@ def test_more_chunks_than_are_added_up_at_once(scratch: Scratch, device: torch.d
 
 def test_the_last_position_of_a_cache(scratch: Scratch, device: torch.device) -> None:
     assert_right(step(99, device, batch=2, key_heads=2, size=16, capacity=100), scratch)
+
+
+def test_parts_of_wider_rows(scratch: Scratch, device: torch.device) -> None:
+    """q, k and v of one merged product, three sequences of it; what is beside them is NaN."""
+    s = step(70, device, batch=3, key_heads=2, group=2, size=16, capacity=100)
+    parts = [torch.full((3, 5), math.nan, device=device), s.q, s.k, s.v]
+    _, s.q, s.k, s.v = torch.cat(parts, 1).split([part.shape[1] for part in parts], 1)
+    assert_right(s, scratch)
 
 
 @pytest.mark.parametrize("large", [30.0, 1000.0])

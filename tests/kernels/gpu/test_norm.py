@@ -24,7 +24,7 @@ def inputs(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
     return residual.to(device), delta.to(device), module.to(device, dtype).requires_grad_(False)
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (1, 100), (8, 100), (3, 2048), (1, 5120), (1, 16384)], ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (8, 100), (3, 5120), (1, 16384)], ids=str)
 @pytest.mark.parametrize("added", [False, True], ids=["norm", "sum and norm"])
 def test_equals_the_module(added: bool, tokens: int, width: int, scratch: Scratch, device: torch.device) -> None:
     residual, delta, module = inputs(tokens, width, torch.float32, device)
@@ -53,10 +53,9 @@ def test_rounds_where_the_module_rounds(
         assert (x == expected).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize(("count", "scaled"), [(1, True), (2, False), (3, True)], ids=str)
 def test_lists_are_those_of_select(
-    scaled: bool, count: int, linear: Make, scratch: Scratch, device: torch.device
+    count: int, scaled: bool, linear: Make, scratch: Scratch, device: torch.device
 ) -> None:
     residual, delta, module = inputs(1, 300, torch.bfloat16, device)
     residual[0, 5] = 0.0

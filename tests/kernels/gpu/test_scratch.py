@@ -26,6 +26,15 @@ def test_counters_do_not_fall_over_the_end() -> None:
     assert scratch.counters(0).numel() == 0
 
 
+@pytest.mark.xfail(
+    strict=True, reason="a launch after one of 86 blocks finds its counters at 8 bytes: a second variant"
+)
+def test_counters_are_aligned_alike() -> None:
+    """Triton compiles a kernel once more for a pointer that is not a multiple of 16 bytes."""
+    scratch = Scratch(torch.device("cpu"), size=200)
+    assert all(scratch.counters(number).data_ptr() % 16 == 0 for number in (86, 1, 3, 48, 50, 7))
+
+
 def test_memory_has_the_dtype_and_the_device(device: torch.device) -> None:
     memory = Scratch(device, size=1).empty(7, torch.bfloat16)
     assert (memory.shape, memory.dtype, memory.device) == ((7,), torch.bfloat16, device)

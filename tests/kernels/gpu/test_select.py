@@ -29,9 +29,8 @@ def assert_lists(lists: Lists | None, x: Tensor, site: list[SparseTensors]) -> N
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_lists_of_a_site(count: int, tokens: int, linear: Make, scratch: Scratch, device: torch.device) -> None:
     x = torch.randn(tokens, 100).to(device, torch.bfloat16)
-    for scaled in (False, True):
-        site = [linear(1, 100, dtype=x.dtype, threshold=1.0 + 0.5 * k, scaled=scaled) for k in range(count)]
-        assert_lists(run_select(x, site, scratch=scratch), x, site)
+    site = [linear(1, 100, dtype=x.dtype, threshold=1.0 + 0.5 * k, scaled=count != 2) for k in range(count)]
+    assert_lists(run_select(x, site, scratch=scratch), x, site)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -41,7 +40,7 @@ def test_lists_in_other_dtypes(dtype: torch.dtype, linear: Make, scratch: Scratc
     assert_lists(run_select(x, site, scratch=scratch), x, site)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4096, 4097, 12288, 14000])
+@pytest.mark.parametrize("channels", [1, 2, 4096, 4097, 14000])
 def test_lists_of_many_channels(channels: int, linear: Make, scratch: Scratch, device: torch.device) -> None:
     """More than 4096 are the work of several programs, each of which counts what is before its own."""
     for tokens in (1, 2):
@@ -67,11 +66,10 @@ def test_lists_of_all_of_none_and_at_the_cut(linear: Make, scratch: Scratch, dev
         assert_lists(run_select(x, site, scratch=scratch), x, site)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("indexed", [False, True], ids=["t alone", "t and lists"])
-@pytest.mark.parametrize("ranks", [(4,), (1, 9), (0, 3, 0), (5, 0, 7)], ids=str)
+@pytest.mark.parametrize(("tokens", "indexed"), [(1, True), (5, False), (5, True)], ids=str)
+@pytest.mark.parametrize("ranks", [(4,), (1, 9), (5, 0, 7)], ids=str)
 def test_low_rank_rest(
-    ranks: tuple[int, ...], indexed: bool, tokens: int, linear: Make, scratch: Scratch, device: torch.device
+    ranks: tuple[int, ...], tokens: int, indexed: bool, linear: Make, scratch: Scratch, device: torch.device
 ) -> None:
     """t = A (x ⊙ ¬keep) in fp32, where keep is the linear's own."""
     x = torch.randn(tokens, 100).to(device, torch.bfloat16)

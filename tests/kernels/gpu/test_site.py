@@ -184,8 +184,7 @@ def test_a_linear_without_outputs(linear: Make, error: Error, scratch: Scratch, 
 
 
 @FORMS
-@pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "tokens"), [*((dtype, 1) for dtype in DTYPES), (torch.bfloat16, 8)], ids=str)
 def test_the_mask_is_the_references(
     dtype: torch.dtype, tokens: int, indexed: bool, scratch: Scratch, device: torch.device
 ) -> None:
@@ -356,11 +355,11 @@ def test_the_stride_of_one_channel_does_not_matter(linear: Make, error: Error, s
     assert error(run_site(x, [t], scratch=scratch, tile=TILE)[0], x, t) <= 1
 
 
-def test_the_interpreter_needs_no_device() -> None:
-    cpu = torch.device("cpu")
-    assert multiprocessors_of(cpu) == 108
-    with on_device(cpu):
-        pass
+def test_what_is_no_gpu_needs_no_driver() -> None:
+    for device in (torch.device("cpu"), torch.device("meta")):
+        assert multiprocessors_of(device) >= 1
+        with on_device(device):
+            pass
 
 
 # ---- on a GPU only ----
