@@ -1,0 +1,515 @@
+"""Speed of the Triton kernels by themselves: every input site of real models, by sparsity, form and number of tokens.
+
+    python -m sparsify.evals.gpu_kernel_speed --model llama-3-8b --dtype bfloat16 --save FILE
+
+For every site: our masked and indexed product and torch's linear over the site's merged row-major weights, beside a
+copy within the device's memory (`gpu_timing` says how it is timed). Then R-Sparse against the same bytes in channels,
+the gated MLP as a whole, and TEAL's own kernel where a checkout of it is at hand. Inputs are normal random numbers,
+thresholds quantiles of them, unless recorded activations are given. A kernel that is wrong is not timed.
+Not covered: whole steps, attention, where lists come from the norm before.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsify.errors import SparsifyError, suggest
+from sparsify.evals.gpu_timing import (
+    ACTIVATION,
+    DTYPES,
+    TOLERANCES,
+    Call,
+    DeviceCopy,
+    GraphTimer,
+    Side,
+    Site,
+    SiteCopies,
+    Timed,
+    Timer,
+    copies_on,
+    exact,
+    gated,
+    line_of,
+    require_gpu,
+    timed,
+)
+from sparsify.evals.interleaving import Spread, medians, ratio
+from sparsify.evals.machine import cache_of, environment
+from sparsify.kernels.gpu.tiles import MOST_TOKENS, Table, table_of
+from sparsify.kernels.spec import SparseTensors
+
+SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.9)
+# Where the paper's speed is quoted; its tuner takes seconds for each.
+TEAL_SPARSITIES = (0.4, 0.5, 0.6)
+RANK, _RANK_SPARSITIES = 64, (0.5, 0.7)
+# In the MLP a value whose rounding falls to its other side can fall to the other side of down's threshold, too.
+_MLP_TOLERANCE = 5.0
+# TEAL adds up to hundreds of parts of a sum in fp16.
+_TEAL_TOLERANCE = 3e-2
+_ROUNDS = 15
+
+# What a side is faster than, by the name of the ratio.
+_OVER_OURS = {"speedup": "masked 0%", "over_dense": "dense"}
+_HEAD = ("form", "sparsity", "kept", "ms", "p10 to p90", "GB/s", "of a copy")
+_COLUMNS = {"speedup": "× our 0%", "over_dense": "× dense", "over_teal": "× TEAL"}
+
+Teal = Callable[[Tensor, Tensor, float, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sizes of one block of a model of the Llama kind."""
+
+    hidden: int
+    queries: int
+    keys: int
+    neurons: int
+
+    def sites(self) -> list[Site]:
+        """Returns its input sites."""
+        return [
+            Site("qkv", self.hidden, (self.queries, self.keys, self.keys)),
+            Site("o", self.queries, (self.hidden,)),
+            Site("gate_up", self.hidden, (self.neurons, self.neurons)),
+            Site("down", self.neurons, (self.hidden,), gated=True),
+        ]
+
+
+MODELS = {
+    # https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/config.json
+    "llama-2-7b": Block(hidden=4096, queries=4096, keys=4096, neurons=11008),
+    # https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/config.json
+    "llama-3-8b": Block(hidden=4096, queries=4096, keys=1024, neurons=14336),
+    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
+    "llama-3.2-1b": Block(hidden=2048, queries=2048, keys=512, neurons=8192),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the measurements of a run share. cache: bytes of the device's L2; table: the tiles that are used."""
+
+    device: torch.device
+    timer: Timer
+    copy: DeviceCopy
+    cache: int
+    table: Table
+    rounds: int = _ROUNDS
+    sparsities: Sequence[float] = SPARSITIES
+
+    @classmethod
+    def on(cls, device: torch.device, *, rounds: int = _ROUNDS, sparsities: Sequence[float] = SPARSITIES) -> "Bench":
+        """Returns one for a GPU. Raises UnavailableError where nothing can be timed."""
+        timer, cache = GraphTimer(device), cache_of(device) or 0
+        return cls(device, timer, DeviceCopy(device, cache=cache), cache, table_of(device), rounds, sparsities)
+
+    def copies(self, site: Site, dtype: torch.dtype, tokens: int, recorded: Tensor | None = None) -> SiteCopies:
+        """Returns the site as often as the lowest density needs."""
+        number = copies_on(self.device, site.nbytes(dtype), 1.0 - max(self.sparsities), cache=self.cache)
+        return SiteCopies(site, dtype, tokens, self.device, number, recorded=recorded)
+
+    def timed(self, sides: Mapping[str, Side], copies: int) -> Timed:
+        """Checks and measures the sides."""
+        return timed(sides, copies, self.timer, self.copy, self.rounds)
+
+
+def kernel_speed(
+    bench: Bench,
+    models: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    tokens: Sequence[int] = (1,),
+    recorded: Mapping[str, Tensor] | None = None,
+    teal: Teal | None = None,
+    partial: Callable[[dict[str, Any]], None] = lambda document: None,
+) -> dict[str, Any]:
+    """Measures the models and returns the document; partial takes what there is of it after every measurement.
+
+    recorded: inputs by the name of a site, as `SiteCopies` takes them. Raises SparsifyError for an unknown model or a
+    number of tokens that is none of 1 to 8, UnavailableError where memory is short.
+    """
+    _check(models, tokens)
+    document: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": bench.rounds,
+        "tiles": bench.table.device,
+        "inputs": "recorded" if recorded else "normal random numbers",
+        "copy_bytes": bench.copy.size,
+        "sites": [], "low_rank": [], "mlp": [], "teal": [],
+        **environment(bench.device),
+    }  # fmt: skip
+    for name in models:
+        for number in tokens:
+            for site in MODELS[name].sites():
+                about = {"model": name, "tokens": number, **asdict(site)}
+                found = site_speed(bench, site, dtype, number, (recorded or {}).get(site.name))
+                document["sites"].append(about | found)
+                partial(document)
+                document["low_rank"] += [about | row for row in low_rank_speed(bench, site, dtype, number)]
+                partial(document)
+                if teal is not None and number == 1:
+                    document["teal"].append(about | teal_speed(bench, site, teal))
+                    partial(document)
+            found = mlp_speed(bench, MODELS[name], dtype, number)
+            document["mlp"].append({"model": name, "tokens": number} | found)
+            partial(document)
+    return document
+
+
+def site_speed(
+    bench: Bench, site: Site, dtype: torch.dtype, tokens: int, recorded: Tensor | None = None
+) -> dict[str, Any]:
+    """Measures one site: both forms at every sparsity, and torch's product of it (for a gated one without act · up)."""
+    copies = bench.copies(site, dtype, tokens, recorded)
+    sides: dict[str, Side] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for sparsity in bench.sparsities:
+        tensors = copies.tensors(sparsity)
+        expected, kept = copies.expected(tensors[0]), copies.kept(tensors)
+        for form in ("masked", "indexed"):
+            name = f"{form} {sparsity:.0%}"
+            call = _site_call(bench, copies, tensors, indexed=form == "indexed")
+            sides[name] = Side(call, expected, TOLERANCES[dtype])
+            touched = kept * site.nbytes(dtype)
+            about[name] = {"form": form, "sparsity": sparsity, "kept": kept, "bytes": touched}
+    rows = copies.rows()
+    sides["dense"] = Side(lambda index: F.linear(copies.h[index], rows[index]))
+    about["dense"] = {"form": "torch", "sparsity": 0.0, "kept": 1.0, "bytes": site.nbytes(dtype)}
+    measured = bench.timed(sides, len(copies))
+    return {"copies": len(copies)} | _described(measured, about, _OVER_OURS)
+
+
+def low_rank_speed(bench: Bench, site: Site, dtype: torch.dtype, tokens: int) -> list[dict[str, Any]]:
+    """Measures R-Sparse at rank 64 against a product that reads the same bytes in channels, both with a scale.
+
+    ratio: seconds over the other's, so 1.08 is 8% of extra time.
+    """
+    copies = bench.copies(site, dtype, tokens)
+    low_bytes = RANK * (site.inputs * len(site.outputs) + sum(site.outputs)) * dtype.itemsize
+    found = []
+    for sparsity in _RANK_SPARSITIES:
+        same = sparsity - low_bytes / site.nbytes(dtype)
+        if same <= 0:
+            continue
+        sides = {}
+        for name, share, rank in (("low rank", sparsity, RANK), ("channels", same, 0)):
+            tensors = copies.tensors(share, rank=rank, scaled=True)
+            call = _site_call(bench, copies, tensors, indexed=None)
+            sides[name] = Side(call, copies.expected(tensors[0]), TOLERANCES[dtype])
+        measured = bench.timed(sides, len(copies))
+        row: dict[str, Any] = {"rank": RANK, "sparsity": sparsity, "low_rank_bytes": low_bytes}
+        if measured.problems:
+            found.append(row | {"problem": _joined(measured.problems)})
+            continue
+        times = {f"{name.replace(' ', '_')}_ms": asdict(_ms(measured.seconds[name])) for name in sides}
+        extra = ratio(measured.seconds["low rank"], measured.seconds["channels"])
+        found.append(row | times | {"ratio": asdict(extra)})
+    return found
+
+
+def mlp_speed(bench: Bench, block: Block, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+    """Measures the gated MLP as a whole: ours in the form of the table, and dense as product, act · up, product."""
+    from sparsify.kernels.gpu.mlp import gated_mlp
+    from sparsify.kernels.gpu.site import run_site
+
+    pair_site, down_site = block.sites()[2], replace(block.sites()[3], gated=False)
+    size = pair_site.nbytes(dtype) + down_site.nbytes(dtype)
+    number = copies_on(bench.device, size, 1.0 - max(bench.sparsities), cache=bench.cache)
+    pair = SiteCopies(pair_site, dtype, tokens, bench.device, number)
+    down = SiteCopies(down_site, dtype, tokens, bench.device, number, seed=1)
+    sides: dict[str, Side] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for sparsity in bench.sparsities:
+        sites = pair.tensors(sparsity)
+        # What down meets at this sparsity: its thresholds are quantiles of it.
+        down.h = [
+            gated(*run_site(x, site, scratch=_scratch(bench), table=bench.table))
+            for x, site in zip(pair.x, sites, strict=True)
+        ]
+        lasts = down.tensors(sparsity)
+        call = _mlp_call(gated_mlp, pair.x, sites, lasts)
+        name = f"ours {sparsity:.0%}"
+        sides[name] = Side(call, [_exact_mlp(pair.x[0], sites[0], lasts[0][0])], _MLP_TOLERANCE * TOLERANCES[dtype])
+        touched = pair.kept(sites) * pair_site.nbytes(dtype) + down.kept(lasts) * down_site.nbytes(dtype)
+        about[name] = {"form": "ours", "sparsity": sparsity, "kept": touched / size, "bytes": touched}
+    pair_rows, down_rows = pair.rows(), down.rows()
+
+    def dense(index: int) -> Tensor:
+        g, u = torch.split(F.linear(pair.x[index], pair_rows[index]), block.neurons, dim=-1)
+        return F.linear(gated(g, u), down_rows[index])
+
+    sides["dense"] = Side(dense)
+    about["dense"] = {"form": "torch", "sparsity": 0.0, "kept": 1.0, "bytes": size}
+    measured = bench.timed(sides, number)
+    return {"copies": number} | _described(measured, about, {"speedup": "ours 0%", "over_dense": "dense"})
+
+
+def teal_speed(bench: Bench, site: Site, teal: Teal) -> dict[str, Any]:
+    """Measures TEAL's kernel beside ours: fp16, one token, for a gated site both without act · up.
+
+    TEAL's weights are merged, one launch a site, which is the best that it can do.
+    """
+    copies = bench.copies(replace(site, gated=False), torch.float16, 1)
+    merged = [torch.cat([w.t() for w in weights], dim=1).t() for weights in copies.weights]
+    sides: dict[str, Side] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for sparsity in TEAL_SPARSITIES:
+        tensors = copies.tensors(sparsity)
+        expected, kept = copies.expected(tensors[0]), copies.kept(tensors)
+        common = {"sparsity": sparsity, "kept": kept, "bytes": kept * site.nbytes(torch.float16)}
+        for form in ("masked", "indexed"):
+            name = f"{form} {sparsity:.0%}"
+            call = _site_call(bench, copies, tensors, indexed=form == "indexed")
+            sides[name] = Side(call, expected, TOLERANCES[torch.float16])
+            about[name] = {"form": form, **common}
+        cuts = [float(linears[0].threshold) for linears in tensors]
+        name = f"TEAL {sparsity:.0%}"
+        sides[name] = Side(
+            _teal_call(teal, copies.h, merged, cuts, round(100 * sparsity)), [torch.cat(expected, 1)], _TEAL_TOLERANCE
+        )
+        about[name] = {"form": "TEAL", **common}
+    measured = bench.timed(sides, len(copies))
+    return {"copies": len(copies)} | _described(measured, about, {"over_teal": "TEAL {sparsity:.0%}"})
+
+
+def load_teal(folder: Path) -> Teal:
+    """Returns TEAL's product (x [1, 1, K], weight [N, K] channel-contiguous, threshold, bin) → [1, 1, N] of a checkout.
+
+    https://github.com/FasterDecoding/TEAL, kernels/sparse_gemv.py. Its wrapper for torch.compile is left out: it needs
+    a package that nothing else of it needs. Raises SparsifyError for a folder that does not hold it, and whatever its
+    code raises.
+    """
+    file = folder / "kernels" / "sparse_gemv.py"
+    spec = importlib.util.spec_from_file_location("teal_sparse_gemv", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise SparsifyError(f"--teal {folder}: there is no kernels/sparse_gemv.py; give a checkout of TEAL")
+    module, wrapper = importlib.util.module_from_spec(spec), types.ModuleType("compile_wrapper")
+    wrapper.__dict__["BaseKernel"] = object
+    path, before = list(sys.path), sys.modules.get("compile_wrapper")
+    sys.modules["compile_wrapper"] = wrapper
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+        del sys.modules["compile_wrapper"]
+        if before is not None:
+            sys.modules["compile_wrapper"] = before
+    product: Teal = module.splitk_sparse_gemv
+    return product
+
+
+def table(document: dict[str, Any]) -> str:
+    """Returns the document as markdown."""
+    gpu = document["device"]
+    lines = [f"{gpu}, {document['dtype']}, tiles: {document['tiles']}, inputs: {document['inputs']}", ""]
+    parts = {"site": "sites", "MLP": "mlp", "against TEAL": "teal"}
+    for title, entries in ((title, document[part]) for title, part in parts.items() if document[part]):
+        ratios = [label for label in _COLUMNS if any(label in side for e in entries for side in e.get("sides", []))]
+        columns = [title, *_HEAD, *(_COLUMNS[label] for label in ratios)]
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += [line for entry in entries for line in _lines(entry, ratios)]
+        lines.append("")
+    if document["low_rank"]:
+        lines += [
+            "| site | sparsity | rank | ms | the same bytes in channels, ms | extra |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [_low_rank_line(entry) for entry in document["low_rank"]]
+    return "\n".join(lines).rstrip()
+
+
+def _lines(entry: dict[str, Any], ratios: Sequence[str]) -> list[str]:
+    if "problem" in entry:
+        return [f"| {entry['problem']} |" + " |" * (len(_HEAD) + len(ratios))]
+    found = []
+    for side in entry["sides"]:
+        start = f"| {_name(entry)} | {side['form']} | {side['sparsity']:.0%} | {side['kept']:.1%} | "
+        if "problem" in side:
+            found.append(f"{start}{side['problem']} |" + " |" * (3 + len(ratios)))
+            continue
+        ms, shares = side["ms"], side["share_of_copy"]
+        cells = [
+            f"{ms['median']:.4f}", f"{ms['p10']:.4f} to {ms['p90']:.4f}", f"{side['gb_per_second']:.0f}",
+            f"{shares['median']:.0%}", *("" if side[r] is None else f"{side[r]['median']:.2f}" for r in ratios),
+        ]  # fmt: skip
+        found.append(start + " | ".join(cells) + " |")
+    return found
+
+
+def _low_rank_line(entry: dict[str, Any]) -> str:
+    start = f"| {_name(entry)} | {entry['sparsity']:.0%} | {entry['rank']} | "
+    if "problem" in entry:
+        return f"{start}{entry['problem']} | | |"
+    low, channels = entry["low_rank_ms"]["median"], entry["channels_ms"]["median"]
+    return f"{start}{low:.4f} | {channels:.4f} | {entry['ratio']['median'] - 1:+.1%} |"
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return f"{entry['model']} {entry.get('name', 'MLP')}, {entry['tokens']} tok."
+
+
+def _described(measured: Timed, about: Mapping[str, dict[str, Any]], over: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what is known of every side. over: ratios by name, to the sides of these names (with a side's own values
+    filled in), None where such a side has no times.
+    """
+    sides = []
+    for name, known in about.items():
+        if name in measured.problems:
+            sides.append(known | {"problem": measured.problems[name]})
+            continue
+        rounds = measured.seconds[name]
+        ms = _ms(rounds)
+        shares = [known["bytes"] / s / 1e9 / gb for s, gb in zip(medians(rounds), measured.copy, strict=True)]
+        others = {label: measured.seconds.get(other.format(**known)) for label, other in over.items()}
+        ratios = {label: None if other is None else asdict(ratio(other, rounds)) for label, other in others.items()}
+        speed = {"ms": asdict(ms), "gb_per_second": known["bytes"] / ms.median / 1e6}
+        sides.append(known | speed | {"share_of_copy": asdict(Spread.of(shares))} | ratios)
+    return {"copy_gb_per_second": asdict(Spread.of(measured.copy)), "sides": sides}
+
+
+def _ms(rounds: Sequence[Sequence[float]]) -> Spread:
+    return Spread.of([1e3 * seconds for values in rounds for seconds in values])
+
+
+def _joined(problems: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+
+
+def _site_call(
+    bench: Bench, copies: SiteCopies, tensors: Sequence[Sequence[SparseTensors]], *, indexed: bool | None
+) -> Call:
+    """Our product of one site; indexed None: in the form that the table chooses."""
+    from sparsify.kernels.gpu.site import run_site
+
+    scratch = _scratch(bench)
+    return lambda index: run_site(
+        copies.x[index], tensors[index], scratch=scratch, table=bench.table, up=copies.up[index],
+        activation=ACTIVATION, indexed=indexed,
+    )  # fmt: skip
+
+
+def _mlp_call(
+    gated_mlp: Callable[..., Tensor],
+    x: Sequence[Tensor],
+    sites: Sequence[Sequence[SparseTensors]],
+    lasts: Sequence[Sequence[SparseTensors]],
+) -> Call:
+    return lambda index: gated_mlp(x[index], *sites[index], lasts[index][0], activation=ACTIVATION)
+
+
+def _teal_call(teal: Teal, h: Sequence[Tensor], weights: Sequence[Tensor], cuts: Sequence[float], tag: int) -> Call:
+    return lambda index: teal(h[index].view(1, 1, -1), weights[index], cuts[index], tag)
+
+
+def _exact_mlp(x: Tensor, pair: Sequence[SparseTensors], down: SparseTensors) -> Tensor:
+    """The gated MLP in fp64, rounded between its products as the modules round."""
+    gate, up = (exact(x, t).to(x.dtype) for t in pair)
+    return exact(F.silu(gate) * up, down)
+
+
+def _scratch(bench: Bench) -> Any:
+    from sparsify.kernels.gpu.scratch import scratch_of
+
+    return scratch_of(bench.device)
+
+
+def _check(models: Sequence[str], tokens: Sequence[int]) -> None:
+    for name in models:
+        if name not in MODELS:
+            raise SparsifyError(f"unknown model {name!r}: known are {', '.join(MODELS)}.{suggest(name, MODELS)}")
+    if not tokens or not all(1 <= number <= MOST_TOKENS for number in tokens):
+        raise SparsifyError(f"the numbers of tokens are {list(tokens)}, they must be from 1 to {MOST_TOKENS}")
+
+
+def _recorded(file: Path | None, device: torch.device) -> dict[str, Tensor] | None:
+    from safetensors.torch import load_file
+
+    if file is None:
+        return None
+    names = {site.name for site in MODELS["llama-3-8b"].sites()}
+    found = load_file(file, device=str(device))
+    if not found or set(found) - names:
+        raise SparsifyError(f"{file} holds {', '.join(found) or 'nothing'}; it may hold {', '.join(sorted(names))}")
+    return found
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    device = torch.device(args.device)
+    require_gpu(device)
+    torch.cuda.set_device(device)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Bench.on(device, rounds=args.rounds, sparsities=args.sparsity)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    if not all(0 <= share < 1 for share in args.sparsity) or args.rounds < 1:
+        raise SparsifyError(f"--sparsity is in [0, 1) and --rounds at least 1, not {args.sparsity} and {args.rounds}")
+    bench = _bench(args)
+    teal, failed = None, None
+    if args.teal is not None:
+        try:
+            teal = load_teal(args.teal)
+        except SparsifyError:
+            raise
+        # The code of others: whatever it raises, our own measurement goes on.
+        except Exception as raised:  # noqa: BLE001
+            failed = {"problem": f"TEAL cannot be imported: {line_of(raised)}"}
+            sys.stderr.write(f"{failed['problem']}\n")
+
+    def partial(document: dict[str, Any]) -> None:
+        if args.save is not None:
+            args.save.write_text(_json(document), encoding="utf-8")
+        sys.stderr.write(f"{sum(len(document[part]) for part in ('sites', 'low_rank', 'mlp', 'teal'))} measured\n")
+
+    recorded = _recorded(args.activations, bench.device)
+    document = kernel_speed(
+        bench, args.model, DTYPES[args.dtype], tokens=args.tokens, recorded=recorded, teal=teal, partial=partial
+    )
+    return document if failed is None else document | {"teal": [failed]}
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m sparsify.evals.gpu_kernel_speed", description=__doc__)
+    parser.add_argument("--model", nargs="+", default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="at once: 1 to 8, any number of them")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--teal", type=Path, metavar="FOLDER", help="a checkout of FasterDecoding/TEAL")
+    parser.add_argument(
+        "--activations", type=Path, metavar="FILE",
+        help="safetensors with inputs of one model's sites: qkv, o, gate_up [n, K], down [n, 2, K] (gate and up)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and no table")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON to this file, as it grows")
+    args = parser.parse_args(arguments)
+    try:
+        document = _measured(args)
+    except SparsifyError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        return problem.exit_code
+    text = _json(document)
+    sys.stdout.write(text if args.json else table(document) + "\n")
+    if args.save is not None:
+        args.save.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
