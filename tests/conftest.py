@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or transformers, and inherited by the processes that tests start.
-_NO_GPU = not Path("/dev/nvidiactl").exists()
+_NO_GPU = not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 # One number for both: two MKL threads beside one of OpenMP made small decompositions a hundred times slower.
 _THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 for _name, _value in {
@@ -27,6 +27,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from sparsify.calibration import Calibration
 
 _ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: the interpreter has no streams and no graphs"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU where there is one, else the CPU, where Triton's kernels run in its interpreter."""
+    pytest.importorskip("triton")
+    from sparsify.kernels.gpu.site import INTERPRETED
+
+    assert INTERPRETED or torch.cuda.is_available()
+    return torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else torch.cuda.current_device())
 
 
 @pytest.fixture(scope="session")

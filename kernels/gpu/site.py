@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton's interpreter, for tests without a GPU: it has no products in bf16.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Where there is no device to ask: an A100's number, and few programs for the interpreter, which runs them in turn.
-_MULTIPROCESSORS, _INTERPRETER_MULTIPROCESSORS = 108, 4
+_MULTIPROCESSORS, _INTERPRETER_MULTIPROCESSORS = 108, 1
 _SEGMENT, _BLOCK_R, _BLOCK_K = 4096, 4, 1024
 _SELECT_WARPS = 8
 
