@@ -49,7 +49,8 @@ def test_rounds_where_the_module_rounds(
     # A normalised value that falls to the other side of a step, and the rounding of the product.
     step = 2 * torch.finfo(dtype).eps
     assert ((x.double() - expected.double()).abs() <= step * expected.double().abs() + 1e-6).all()
-    if device.type == "cuda":
+    if device.type == "cuda" or dtype == torch.float16:
+        # Nearly all are the same bits; the interpreter truncates to bf16, where the module rounds.
         assert (x == expected).float().mean() > 0.98
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+# The compiler takes 45 seconds for 120 kernels.
+pytestmark = pytest.mark.slow
+
 TARGETS = ["sm_90", "sm_80", "gfx942"]
 MULTIPROCESSORS = {"sm_90": 132, "sm_80": 108, "gfx942": 304}
 
