@@ -45,6 +45,7 @@ def sparse_gemv(
     SCALED: tl.constexpr,
     RANKED: tl.constexpr,
     INDEXED: tl.constexpr,
+    CHECKED: tl.constexpr,  # hold channels against the threshold: without a list, or with one that is longer
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,  # every N_l is a multiple of BLOCK_N
@@ -98,7 +99,7 @@ def sparse_gemv(
             channel = position + k
         if TOKENS == 1:
             value = load_input(x, up, channel, inside, GATED, ACTIVATION)
-            if not INDEXED:
+            if CHECKED:
                 inside = kept(value, channel, inside, cut, scale, SCALED)
             mask = inside[:, None]
             if not EVEN:

@@ -62,7 +62,7 @@ def gated_mlp(
         else:
             g, u = grouped(rows, (gate, up), scratch, table)
             if cut:
-                g = torch.where(g <= cut, torch.zeros((), dtype=g.dtype, device=g.device), g)
+                g = torch.where(g.float() <= cut, torch.zeros((), dtype=g.dtype, device=g.device), g)
             y = run_site(g, (down,), up=u, activation=activation, scratch=scratch, table=table)[0]
     return y.view(*x.shape[:-1], y.shape[1])
 
@@ -93,8 +93,8 @@ def relu_mlp(
         BIASED=up.bias is not None, SCALED=up.scale is not None,
         BLOCK_F=_BLOCK_F, BLOCK_K=min(_BLOCK_K, triton.next_power_of_2(channels)), num_warps=4,
     )  # fmt: skip
-    # Neurons that are off have an input of 0: the list of the others is all that down can need.
-    return run_site(h.view(1, -1), (down,), scratch=scratch, table=table, lists=lists)[0]
+    # Neurons that are off have an input of 0: down can need none but the others, if its own threshold lets them.
+    return run_site(h.view(1, -1), (down,), scratch=scratch, table=table, lists=lists, recheck=True)[0]
 
 
 def grouped(x: Tensor, site: Sequence[SparseTensors], scratch: Scratch, table: Table) -> list[Tensor]:

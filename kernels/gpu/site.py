@@ -67,13 +67,14 @@ def run_site(
     up: Tensor | None = None,
     activation: str = "silu",
     lists: Lists | None = None,
+    recheck: bool = False,
     indexed: bool | None = None,
     tile: Tile | None = None,
 ) -> list[Tensor]:
     """Returns the outputs [T, N_l] of a site of at most three linears, checked by `checked`, for x [T, K], T ≤ 8.
 
-    up: the input is act(x) · up. lists: from an earlier launch; indexed: the form, by density where None; tile: how the
-    product is cut, from the table where None.
+    up: the input is act(x) · up. lists: from an earlier launch; recheck: they may hold channels that are not kept;
+    indexed: the form, by density where None; tile: how the product is cut, from the table where None.
     """
     tokens, channels = x.shape
     if indexed is None:
@@ -123,6 +124,7 @@ def run_site(
         SCALED=first.scale is not None,
         RANKED=low is not None,
         INDEXED=indexed,
+        CHECKED=recheck or not indexed,
         GATED=up is not None,
         ACTIVATION=activation,
         EVEN=all(n % tile.block_n == 0 for n in outputs),
@@ -261,7 +263,7 @@ def few_rows(x: Tensor) -> Tensor | None:
     tokens = x.numel() // x.shape[-1]
     if tokens > MOST_TOKENS:
         return None
-    return x.detach().reshape(tokens, x.shape[-1]).contiguous()
+    return x.detach().resolve_neg().reshape(tokens, x.shape[-1]).contiguous()
 
 
 def _check(

@@ -140,7 +140,6 @@ def test_inputs_in_any_strides(linear: Make, device: torch.device) -> None:
         assert torch.equal(run(x, [t])[0], run(copy, [t])[0])
 
 
-@pytest.mark.xfail(strict=True, reason="few_rows hands the kernel the memory, without the mark")
 def test_inputs_that_are_a_negative_view(linear: Make, device: torch.device) -> None:
     """torch can hold -x as x and a mark."""
     x, t = torch.randn(3, 13).to(device), linear(9, 13, 2)

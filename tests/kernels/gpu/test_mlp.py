@@ -23,12 +23,6 @@ Mlp = tuple[SparseTensors, SparseTensors, SparseTensors]
 EVERY_ACTIVATION = pytest.mark.parametrize(
     ("activation", "dtype"), [*((name, torch.float32) for name in ACTIVATIONS), ("silu", torch.bfloat16)], ids=str
 )
-ROUNDED_CUT = pytest.mark.xfail(
-    strict=True, reason="torch compares bf16 with the cut rounded to bf16, the kernel in fp32"
-)
-NO_THRESHOLD = pytest.mark.xfail(
-    strict=True, reason="down's own threshold is not asked for channels of the neurons' list"
-)
 
 
 @pytest.fixture
@@ -100,7 +94,7 @@ def test_relu(dtype: torch.dtype, cut: float, rows: bool, mlp: Callable[..., Mlp
     assert_near(gated_mlp(x, *tensors, activation="relu", cut=cut), expected(x, *tensors, "relu", cut))
 
 
-@pytest.mark.parametrize("rows", [pytest.param(False, marks=ROUNDED_CUT), True], ids=["up by channels", "up by rows"])
+@pytest.mark.parametrize("rows", [False, True], ids=["up by channels", "up by rows"])
 def test_the_cut_is_not_rounded(rows: bool, mlp: Callable[..., Mlp], device: torch.device) -> None:
     """A gate of bf16(0.3), 0.30078125, is above a cut of 0.3."""
     dtype = torch.bfloat16
@@ -116,7 +110,7 @@ def test_the_cut_is_not_rounded(rows: bool, mlp: Callable[..., Mlp], device: tor
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("rows", [False, pytest.param(True, marks=NO_THRESHOLD)], ids=["up by channels", "up by rows"])
+@pytest.mark.parametrize("rows", [False, True], ids=["up by channels", "up by rows"])
 def test_relu_with_a_threshold_of_down(rows: bool, rank: int, mlp: Callable[..., Mlp], device: torch.device) -> None:
     """Neurons that are on and below it are dropped by down, or go through its low-rank rows."""
     x = torch.randn(1, 40).to(device)
