@@ -7,8 +7,10 @@ take turns in the same rounds. Nothing is timed whose first result is not near t
 needs a GPU: with another timer everything runs on a CPU, in Triton's interpreter. Not covered: several devices.
 """
 
+import gc
 import importlib.util
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -37,6 +39,8 @@ _SHARE_OF_MEMORY = 0.3
 # Calls in a graph, so that what lies between two graphs is under a percent of it.
 _LEAST_CALLS = 64
 _REPLAYS = 3
+# A device that had nothing to do, while a kernel was compiled, needs some milliseconds to raise its clocks.
+_WARM_SECONDS = 0.03
 _COPY = "copy within the device's memory"
 
 Call = Callable[[int], Any]
@@ -114,8 +118,10 @@ class GraphTimer:
                 for _ in range(passes):
                     for index in range(copies):
                         call(index)
-            graph.replay()
-            torch.cuda.synchronize()
+            ready = time.perf_counter() + _WARM_SECONDS
+            while time.perf_counter() < ready:
+                graph.replay()
+                torch.cuda.synchronize()
         # The graph points into tensors that only the call holds.
         return lambda: self._seconds(graph, passes * copies, call)
 
@@ -255,7 +261,8 @@ def require_gpu(device: torch.device) -> None:
 def copies_on(device: torch.device, size: int, density: float, *, cache: int) -> int:
     """Returns number_of_copies for weights of `size` bytes and the lowest density of a run, with what is free now."""
     if device.type == "cuda":
-        # What torch holds of earlier measurements is free as well.
+        # What is left of earlier measurements is free as well.
+        gc.collect()
         torch.cuda.empty_cache()
     return number_of_copies(size, density, cache=cache, free=available_memory(device))
 
