@@ -57,7 +57,7 @@ MASKED_DENSITY, INDEXED_DENSITY = 0.5, 0.1
 # Where both forms are compared; above, lists cannot pay.
 CROSSOVER_DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 _BLOCKS_N, _BLOCKS_K, _WARPS = (64, 128, 256, 512), (8, 16, 32, 64), (2, 4, 8)
-_SPLITS, _STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), (2, 3, 4, 5, 6, 8)
+_SPLITS, _STAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32), (2, 3, 4, 5, 6, 8, 12)
 # Programs for each multiprocessor: where a tile starts, and the most.
 _WAVES, _MOST_WAVES = 4, 16
 # Values of a block in a thread: fewer than 16 bytes make narrow loads, more do not fit into its registers.
@@ -206,7 +206,11 @@ def _suited(launch: Launch, limits: Limits, block_n: int, block_k: int, warps: i
     blocks = _blocks(launch, block_n)
     wanted = round(_WAVES * limits.multiprocessors / blocks)
     splits = min(max(wanted, 1), _most_splits(launch, block_k))
-    stages = min(max(_BYTES_IN_FLIGHT // (block_n * block_k * launch.dtype.itemsize), 2), 8)
+    stages = _BYTES_IN_FLIGHT // (block_n * block_k * launch.dtype.itemsize)
+    if launch.indexed and launch.tokens > 1:
+        # Every other stage goes into what the list points to: four of them keep one block of weights on its way.
+        stages *= 2
+    stages = min(max(stages, 2), max(_STAGES))
     return Tile(block_n, block_k, splits, warps, stages)
 
 

@@ -1,7 +1,9 @@
 """What a GPU measurement is made of, with a timer that is given; the real timer where there is a GPU."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -234,6 +236,72 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match="Triton is not installed"):
         require_gpu(torch.device("cuda"))
+
+
+class Cuda:
+    """Stands in for torch.cuda: writes down what is asked of it; a replay takes 2 ms on its clock of events."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.milliseconds, self.seconds = 0.0, 0.0
+        cuda = torch.cuda
+        for name in ("device", "current_stream", "Stream", "synchronize"):
+            assert hasattr(cuda, name)
+        # The parameter by which the capture runs on the stream of the warm-up.
+        assert "stream" in inspect.signature(cuda.graph.__init__).parameters
+        monkeypatch.setattr(cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(cuda, "current_stream", lambda: "main")
+        monkeypatch.setattr(cuda, "Stream", lambda: self)
+        monkeypatch.setattr(cuda, "stream", lambda stream: self.inside("side"))
+        monkeypatch.setattr(cuda, "graph", lambda graph, stream: self.inside("capture"))
+        monkeypatch.setattr(cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(gpu_timing, "events", lambda number: [Mark(self) for _ in range(number)])
+        monkeypatch.setattr(gpu_timing, "require_gpu", lambda device: None)
+        monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: self.seconds)
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        self.log.append(f"{name} begins")
+        yield
+        self.log.append(f"{name} ends")
+
+    def wait_stream(self, stream: str) -> None:
+        self.log.append(f"side waits for {stream}")
+
+    def synchronize(self) -> None:
+        self.seconds += 0.02
+
+    def replay(self) -> None:
+        self.milliseconds += 2.0
+        self.log.append("replay")
+
+
+class Mark:
+    """An event of the stand-in."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+
+    def record(self) -> None:
+        self.at = self._cuda.milliseconds
+        self._cuda.log.append("mark")
+
+    def elapsed_time(self, after: "Mark") -> float:
+        return after.at - self.at
+
+
+def test_a_turn_is_captured_after_a_warm_up_and_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    timer = GraphTimer(torch.device("cuda", 0), replays=2)
+    turn = timer(lambda index: cuda.log.append(str(index)), 2, calls=3)
+    assert cuda.log == [
+        "side waits for main", "side begins", "0", "1", "side ends",
+        "capture begins", "0", "1", "0", "1", "capture ends", "replay", "replay",
+    ]  # fmt: skip
+    cuda.log.clear()
+    assert turn() == [5e-4, 5e-4]
+    assert cuda.log == ["replay", "mark", "replay", "mark", "replay", "mark"]
 
 
 class TestOnDevice:

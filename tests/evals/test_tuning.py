@@ -143,7 +143,7 @@ def test_a_list_is_cut_into_no_more_parts_than_it_has_blocks() -> None:
 def test_variations_start_near_the_tile() -> None:
     tile = Tile(256, 16, 4, 4, 4)
     assert [t.splits for t in variations(ONE, H100, tile, "splits")][:2] == [3, 6]
-    assert [t.stages for t in variations(ONE, H100, tile, "stages")] == [5, 3, 6, 2, 8]
+    assert [t.stages for t in variations(ONE, H100, tile, "stages")] == [5, 3, 6, 2, 8, 12]
     assert {replace(t, splits=4) for t in variations(ONE, H100, tile, "splits")} == {tile}
 
 
