@@ -11,13 +11,21 @@ DEVELOPMENT := $(VENV)/.installed-development
 LIBRARY := kernels/libsparsify_native.so
 DEMO := demo
 
-.PHONY: demo test lint types pytest wheel install clean
+# What `make gpu` uses: a Python that has torch with CUDA or ROCm, triton, transformers, safetensors and pytest.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= gpu-results
+
+.PHONY: demo test gpu lint types pytest wheel install clean
 .DELETE_ON_ERROR:
 
 demo: $(RUNTIME) $(LIBRARY)
 	@$(BIN)/python -m sparsify.cli.demo $(DEMO)
 
 test: lint types pytest
+
+# Correctness on the device first, then speed: under 10 minutes, no network, nothing is installed.
+gpu:
+	@PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m sparsify.evals.gpu_suite --out $(GPU_RESULTS) $(GPU_ARGS)
 
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .

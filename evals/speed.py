@@ -6,7 +6,7 @@ code, and compiled. The headline is sparse against the fastest dense side of the
 Not covered: prefill speed, serving, energy; weight bytes are counted, those of the key-value cache are not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,18 +112,25 @@ def decode_speed(
     compiled: bool = False,
     thresholds: Mapping[float, Mapping[str, float]] | None = None,
     counted_tokens: int | None = None,
+    without: Container[str] = (),
+    most_difference: float | None = None,
     progress: Progress | None = None,
 ) -> Speed:
     """Measures every side that there is on tokens [B, S] int64: a prompt, WARM_UP_STEPS and the steps that count.
 
     rows: the dense weights of a converted model once more, row-major; thresholds: TEAL's by sparsity and layer, with a
-    sparse side for each; counted_tokens: steps whose kept channels are counted, all where None. Raises SparsifyError
-    for tokens that are too few, too many for the model, or not [B, S].
+    sparse side for each; counted_tokens: steps whose kept channels are counted, all where None; without: sides that are
+    not wanted; most_difference: a side whose logits are further away is not timed. Raises SparsifyError for tokens that
+    are too few, too many for the model, or not [B, S], and where no dense side is left.
     """
     new_tokens = _check(model, tokens, prompt_tokens, rounds)
     tokens = tokens.to(model.device)
     with prepared(model, rows):
-        sides, failed = _working(sides_of(model, rows, compiled=compiled, thresholds=thresholds), tokens, prompt_tokens)
+        planned = sides_of(model, rows, compiled=compiled, thresholds=thresholds)
+        planned = [side for side in planned if side.name not in without]
+        sides, failed = _working(planned, tokens, prompt_tokens, most_difference)
+        if not any(side.run_dense for side in sides):
+            raise SparsifyError(f"no dense side is left to compare with: {failed or 'none was wanted'}")
         last = tokens.shape[1] if counted_tokens is None else prompt_tokens + counted_tokens
         touched = {side.name: _touched(side, tokens[:, :last], prompt_tokens) for side in sides}
         stream = Stream(model.device)
@@ -166,7 +173,9 @@ def _check(model: PreTrainedModel, tokens: Tensor, prompt_tokens: int, rounds: i
     return new_tokens
 
 
-def _working(planned: Sequence[Side], tokens: Tensor, prompt_tokens: int) -> tuple[list[Side], dict[str, str]]:
+def _working(
+    planned: Sequence[Side], tokens: Tensor, prompt_tokens: int, most_difference: float | None
+) -> tuple[list[Side], dict[str, str]]:
     """Returns the sides that run, with the path that they really take, and why others do not."""
     runs, failed = first_runs(planned, tokens, prompt_tokens)
     sides = []
@@ -176,6 +185,11 @@ def _working(planned: Sequence[Side], tokens: Tensor, prompt_tokens: int) -> tup
         # The native step leaves a call to transformers' code where something in the model asks for that.
         path = side.path if side.path != "native" or runs[side.name].native_steps == CHECKED_STEPS else "transformers"
         difference = logits_difference(side, runs, tokens, prompt_tokens)
+        if difference is not None and most_difference is not None and not difference <= most_difference:
+            failed[side.name] = (
+                f"its logits differ by {difference:.2g} from transformers', {most_difference:g} is allowed"
+            )
+            continue
         sides.append(replace(side, path=path, logits_difference=difference))
     return sides, failed
 

@@ -1,0 +1,290 @@
+"""The GPU suite: whether every kernel is right on this GPU, then how fast kernels and whole models are. `make gpu`.
+
+    python -m sparsify.evals.gpu_suite --out docs/results/gpu
+
+Correctness first: the kernels' and the decode step's own tests, on the device. Then tiles are tuned, unless there is a
+table for the device, kernels are timed by themselves, and whole models decode. Every stage is a process of its own, so
+that a fault in one leaves the others a working device, and writes its results while it runs. What failed its check is
+not timed. Needs torch, triton, transformers, safetensors and pytest, no network, and a GPU that does nothing else.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from sparsify.errors import SparsifyError, UnavailableError
+from sparsify.evals import gpu_decode_speed, gpu_kernel_speed
+from sparsify.evals.machine import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ("llama-3-8b", "llama-2-7b", "llama-3.2-1b")
+_MINUTES = 9.5
+_TESTS = ("tests/kernels/gpu", "tests/gpu")
+# It compiles for other devices, which needs none.
+_NOT_HERE = "tests/kernels/gpu/test_offline.py"
+# What a stage may take of the time that is left when it begins, and at most, in seconds.
+_SHARES = {"tests": (0.5, 240), "tune": (0.25, 75), "kernels": (0.3, 90)}
+# A stage ends by itself before it is stopped.
+_GRACE = 20
+# What the project asked for on one H200 at batch 1 (128 tokens of context): side, shape, the least ratio to the best
+# dense side of the run.
+TARGETS = (
+    ("dense", "llama-3-8b", 0.97),
+    ("dense", "llama-2-7b", 0.97),
+    ("sparse-50", "llama-3-8b", 1.65),
+    ("sparse-70", "llama-3-8b", 2.2),
+    ("sparse-50", "llama-2-7b", 1.7),
+)
+Run = Callable[[Sequence[str], float, Mapping[str, str]], str | None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process: its arguments after `python`, the file that it writes, and the most seconds it may take."""
+
+    name: str
+    arguments: list[str]
+    file: Path
+    seconds: float
+
+
+class Report:
+    """What the suite found, written down after every change."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.document: dict[str, Any] = {**about, "tests": None, "tuning": None, "kernels": None, "decode": {}}
+        self.document["problems"] = []
+        self.write()
+
+    def write(self) -> None:
+        """Replaces the file as a whole: a suite that is cut off leaves what was there."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+    def problem(self, stage: str, what: str) -> None:
+        """Writes down what went wrong in a stage."""
+        self.document["problems"].append({"stage": stage, "what": what})
+        self.write()
+
+
+def run_suite(
+    out: Path,
+    *,
+    minutes: float = _MINUTES,
+    shapes: Sequence[str] = SHAPES,
+    teal: Path | None = None,
+    tune: bool = True,
+    run: Run | None = None,
+    about: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """Runs all stages within the minutes and returns the document, which stands in out/suite.json.
+
+    teal: a checkout of TEAL's public code to time beside ours; run: how a stage is run, a process where None; about:
+    what the device is, asked where None. Raises UnavailableError without a GPU.
+    """
+    if about is None:
+        about = _device()
+    out.mkdir(parents=True, exist_ok=True)
+    run = run or _process
+    until = clock() + 60 * minutes
+    report = Report(out / "suite.json", about)
+    variables = {"SPARSIFY_TILES": str(out)} if (out / _table_name(about)).is_file() else {}
+
+    tests = Stage("tests", _pytest(out / "tests.xml"), out / "tests.xml", _seconds("tests", until - clock()))
+    _started(report, tests, run, variables)
+    report.document["tests"] = _outcome(tests.file)
+    report.write()
+    if tune and not variables:
+        tiles = out / _table_name(about)
+        seconds = _seconds("tune", until - clock())
+        arguments = [
+            "-m",
+            "sparsify.evals.tuning",
+            "--out",
+            str(out),
+            "--seconds",
+            str(round(seconds - _GRACE)),
+        ]
+        _started(report, Stage("tune", [*arguments, "--model", *shapes], tiles, seconds), run, variables)
+        report.document["tuning"] = _read(tiles)
+        variables = {"SPARSIFY_TILES": str(out)} if tiles.is_file() else {}
+    kernels = Stage(
+        "kernels",
+        [
+            "-m",
+            "sparsify.evals.gpu_kernel_speed",
+            "--model",
+            *shapes,
+            "--rounds",
+            "7",
+            "--save",
+            str(out / "kernels.json"),
+        ]
+        + (["--teal", str(teal)] if teal is not None else []),
+        out / "kernels.json",
+        _seconds("kernels", until - clock()),
+    )
+    _started(report, kernels, run, variables)
+    report.document["kernels"] = _read(kernels.file)
+    report.write()
+
+    failed = [name for name in report.document["tests"]["failed"] if name.startswith("tests.gpu")]
+    for number, shape in enumerate(shapes):
+        if failed or report.document["tests"]["passed"] == 0:
+            report.problem(
+                shape, f"not timed: {len(failed)} tests of whole models failed" if failed else "not timed: no test ran"
+            )
+            continue
+        seconds = (until - clock()) / (len(shapes) - number)
+        file = out / f"{shape}.json"
+        arguments = ["-m", "sparsify.evals.gpu_decode_speed", "--shape", shape, "--save", str(file)]
+        arguments += ["--seconds", str(max(1, round(seconds - _GRACE))), *(["--compiled"] if number == 0 else [])]
+        _started(report, Stage(shape, arguments, file, seconds), run, variables)
+        report.document["decode"][shape] = _read(file)
+        report.write()
+    return report.document
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Returns what the suite found as markdown: tests, targets, whole models, kernels, problems."""
+    tests = document["tests"] or {"passed": 0, "skipped": 0, "failed": ["no result"]}
+    lines = [
+        f"# {document['device']}, {document['date']}",
+        "",
+        f"Versions: {', '.join(f'{name} {value}' for name, value in document['versions'].items())}.",
+        f"Tests on the device: {tests['passed']} passed, {tests['skipped']} skipped, {len(tests['failed'])} failed.",
+        *(f"- failed: {name}" for name in tests["failed"]),
+        *(f"- {entry['stage']}: {entry['what']}" for entry in document["problems"]),
+        "",
+        *_targets(document),
+    ]
+    for found in document["decode"].values():
+        if found is not None:
+            lines += ["", "## Decoding, " + gpu_decode_speed.table(found)]
+    if document["kernels"] is not None:
+        lines += ["", "## Kernels by themselves", "", gpu_kernel_speed.table(document["kernels"])]
+    return "\n".join(lines)
+
+
+def _targets(document: Mapping[str, Any]) -> list[str]:
+    lines = ["| asked at batch 1, 128 tokens of context | at least | measured | |", "|---|---|---|---|"]
+    for side, shape, least in TARGETS:
+        cells = (document["decode"].get(shape) or {}).get("cells", [])
+        cell = next((c for c in cells if (c["context"], c["batch"]) == (128, 1)), None)
+        found = None
+        if cell is not None and side in cell["sides"]:
+            # The best dense side but our own kernels at 0%: what they are held against.
+            others = [name for name in cell["sides"] if not cell["sides"][name]["sparse"] and name != "dense"]
+            best = min(others, key=lambda name: float(cell["sides"][name]["ms_per_step"]["median"]), default=None)
+            found = None if best is None else float(cell["ratios"][side][best]["median"])
+        said = "not measured" if found is None else f"{found:.2f}×"
+        met = "" if found is None else ("met" if found >= least else "not met")
+        lines.append(f"| {shape}, {'our kernels at 0%' if side == 'dense' else side} | {least:.2f}× | {said} | {met} |")
+    return lines
+
+
+def _device() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        raise UnavailableError("the GPU suite needs a GPU that torch can use, and there is none here")
+    return environment(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _table_name(about: Mapping[str, Any]) -> str:
+    from sparsify.kernels.gpu.tiles import file_name
+
+    return file_name(about["device"])
+
+
+def _seconds(stage: str, left: float) -> float:
+    share, most = _SHARES[stage]
+    return max(1.0, min(share * left, most))
+
+
+def _pytest(results: Path) -> list[str]:
+    return [
+        "-m", "pytest", "-q", *_TESTS, f"--ignore={_NOT_HERE}", "-p", "no:cacheprovider", f"--junitxml={results}",
+    ]  # fmt: skip
+
+
+def _started(report: Report, stage: Stage, run: Run, variables: Mapping[str, str]) -> None:
+    stage.file.unlink(missing_ok=True)
+    print(f"{stage.name}: at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
+    problem = run([sys.executable, *stage.arguments], stage.seconds, variables)
+    if problem is not None:
+        report.problem(stage.name, problem)
+
+
+def _process(command: Sequence[str], seconds: float, variables: Mapping[str, str]) -> str | None:
+    """Runs a stage; returns what went wrong, None where nothing did. Its output goes where ours goes."""
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **variables}, timeout=seconds, check=False,
+            stdout=sys.stderr,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s; what it had written by then is kept"
+    return None if done.returncode == 0 else f"exit code {done.returncode}"
+
+
+def _outcome(results: Path) -> dict[str, Any]:
+    """Returns how many tests passed and were skipped, and the names of those that failed."""
+    try:
+        cases = list(ElementTree.parse(results).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return {"passed": 0, "skipped": 0, "failed": ["the tests left no result"]}
+    failed = [
+        f"{c.get('classname')}::{c.get('name')}"
+        for c in cases
+        if c.find("failure") is not None or c.find("error") is not None
+    ]
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0 where everything ran and every test passed, else 1, 4 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m sparsify.evals.gpu_suite", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help="folder for suite.json, suite.md and tiles"
+    )
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help=f"for all stages together; default {_MINUTES}")
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--teal", type=Path, metavar="FOLDER", help="a checkout of TEAL's code, timed beside ours")
+    parser.add_argument("--no-tune", action="store_true", help="time with the tiles that are there")
+    given = parser.parse_args(arguments)
+    try:
+        document = run_suite(
+            given.out, minutes=given.minutes, shapes=given.shape, teal=given.teal, tune=not given.no_tune
+        )
+    except SparsifyError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        return problem.exit_code
+    text = table(document)
+    (given.out / "suite.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 1 if document["problems"] or document["tests"]["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
