@@ -12,27 +12,11 @@ from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import SparseTensors
 
 if importlib.util.find_spec("triton") is None:
-    # Their imports would fail; tests/kernels/test_dispatch.py says what a machine without Triton does.
+    # They import it where they are collected.
     collect_ignore_glob = ["test_*.py"]
 
 MakeLinear = Callable[..., SparseTensors]
 Rounding = Callable[[torch.dtype], float]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu") is not None and "kernels/gpu" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: the interpreter has no streams and no graphs"))
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """A GPU where there is one, else the CPU, where the kernels run in the interpreter."""
-    from sparsify.kernels.gpu.site import INTERPRETED
-
-    assert INTERPRETED or torch.cuda.is_available()
-    return torch.device("cpu" if INTERPRETED else "cuda", None if INTERPRETED else torch.cuda.current_device())
 
 
 @pytest.fixture

@@ -276,7 +276,8 @@ def test_gated_inputs(
     allowed = 2.1 * rounding(dtype) * expected.abs()
     allowed += 4 * torch.finfo(torch.float32).eps * (gate * up).double().abs().clamp(max=10)
     assert bool(((found.double() - expected).abs() <= allowed).all())
-    assert found[0, -7].item() == 0 or activation == "silu"
+    # Where the gate is 0, and where act(gate) is 0 to the last digit.
+    assert not found[0, [52, 53, 57, 59]].any()
 
 
 @FORMS
