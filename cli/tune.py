@@ -1,9 +1,8 @@
 """`sparsify tune`: the fastest tiles of the GPU kernels for a model's shapes on this GPU, as a table."""
 
-import re
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,14 +11,7 @@ from sparsify.cli.output import Format, FormatOption, Output, make_table
 from sparsify.cli.progress import Progress
 from sparsify.errors import SparsifyError, suggest
 
-if TYPE_CHECKING:
-    import torch
-
-    from sparsify.evals.gpu_timing import Site
-
 _TOKENS = (1, 2, 4, 8)
-# KxN1+N2: linears [N1, K] and [N2, K] that share their input.
-_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*(?:\+[1-9]\d*){0,2})")
 
 
 def register(app: typer.Typer) -> None:
@@ -61,14 +53,6 @@ def tune(
     output.emit(result, lambda console: _render(console, result))
 
 
-def parse_shape(text: str) -> tuple[int, tuple[int, ...]]:
-    """Returns (K, outputs) of "KxN1+N2+N3", one to three outputs. Raises SparsifyError for anything else."""
-    found = _SHAPE.fullmatch(text)
-    if found is None:
-        raise SparsifyError(f"--shape {text} is none: write KxN, KxN1+N2 or KxN1+N2+N3, such as 4096x14336+14336")
-    return int(found[1]), tuple(int(part) for part in found[2].split("+"))
-
-
 def _tuned(
     models: list[str],
     shapes: list[str],
@@ -79,72 +63,24 @@ def _tuned(
     out: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    import torch
-
-    from sparsify.evals.gpu_timing import DTYPES, GraphTimer
-    from sparsify.evals.machine import cache_of
-    from sparsify.evals.tuning import Limits, SiteMeasure, Tuning, about, launches_of, tune
-    from sparsify.kernels.gpu.tiles import file_name
+    from sparsify.evals.gpu_timing import DTYPES
+    from sparsify.evals.tuning import launches_of, sites_of, tune_device
 
     if dtype not in DTYPES:
         raise SparsifyError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
-    launches = launches_of(_sites(models, shapes), DTYPES[dtype], tokens)
-    timer = GraphTimer(_device(device))
-    torch.cuda.set_device(timer.device)
-    facts = about(timer.device)
-    out.mkdir(parents=True, exist_ok=True)
-    tuning = Tuning(out / file_name(facts["device"]), facts)
-    measure = SiteMeasure(timer.device, timer, cache=cache_of(timer.device) or 0)
-    tune(
-        launches,
-        tuning,
-        measure,
-        Limits.of(timer.device),
-        seconds=seconds,
-        compare=lambda sites, table: measure.compare(sites, table, DTYPES[dtype]),
-        progress=progress.stage("tune"),
-    )
+    launches = launches_of(sites_of(models, shapes), DTYPES[dtype], tokens)
+    tuning = tune_device(launches, out, seconds=seconds, device=device, progress=progress.stage("tune"))
     keys = [launch.key for launch in launches]
+    found = {key: tuning.launches[key] for key in keys if key in tuning.launches}
+    tiles = {key: list(astuple(tuning.tiles[key])) if key in tuning.tiles else None for key in found}
     return {
         "file": tuning.path,
-        "device": facts["device"],
+        "device": tuning.about["device"],
         "asked": keys,
-        "finished": [key for key in keys if tuning.launches.get(key, {}).get("complete")],
+        "finished": [key for key in found if found[key]["complete"]],
         "crossover": tuning.crossover,
-        "launches": {
-            key: {"tile": list(astuple(tuning.tiles[key])) if key in tuning.tiles else None, **tuning.launches[key]}
-            for key in keys
-            if key in tuning.launches
-        },
+        "launches": {key: {"tile": tiles[key], **found[key]} for key in found},
     }
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SparsifyError(f"--device {name} is none; write cuda or cuda:1") from error
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _sites(models: list[str], shapes: list[str]) -> "list[Site]":
-    from sparsify.evals.gpu_kernel_speed import MODELS
-    from sparsify.evals.gpu_timing import Site
-
-    if not models and not shapes:
-        raise SparsifyError(f"give --model NAME ({', '.join(MODELS)}) or --shape KxN, or several of them")
-    for name in models:
-        if name not in MODELS:
-            known = ", ".join(MODELS)
-            raise SparsifyError(
-                f"unknown model {name!r}: known are {known}, for others give --shape.{suggest(name, MODELS)}"
-            )
-    sites = [site for name in models for site in MODELS[name].sites()]
-    return sites + [Site(text, *parse_shape(text)) for text in shapes]
 
 
 def _render(console: Console, result: dict[str, Any]) -> None:

@@ -10,11 +10,14 @@ Not covered: whole steps, attention, where lists come from the norm before.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import math
 import sys
+import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,39 +134,64 @@ def kernel_speed(
     tokens: Sequence[int] = (1,),
     recorded: Mapping[str, Tensor] | None = None,
     teal: Teal | None = None,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
     partial: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
     """Measures the models and returns the document; partial takes what there is of it after every measurement.
 
-    recorded: inputs by the name of a site, as `SiteCopies` takes them. Raises SparsifyError for an unknown model or a
-    number of tokens that is none of 1 to 8, UnavailableError where memory is short.
+    recorded: inputs by the name of a site, as `SiteCopies` takes them. seconds: after them nothing more is begun, and
+    `left` counts what was not. Raises SparsifyError for an unknown model or a number of tokens that is none of 1 to 8,
+    UnavailableError where memory is short.
     """
     _check(models, tokens)
+    until = clock() + seconds
+    jobs = list(_jobs(bench, models, dtype, tokens, recorded or {}, teal))
     document: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": bench.rounds,
         "tiles": bench.table.device,
         "inputs": "recorded" if recorded else "normal random numbers",
         "copy_bytes": bench.copy.size,
-        "sites": [], "low_rank": [], "mlp": [], "teal": [],
+        "left": len(jobs),
+        "sites": [], "mlp": [], "teal": [], "low_rank": [],
         **environment(bench.device),
     }  # fmt: skip
-    for name in models:
-        for number in tokens:
-            for site in MODELS[name].sites():
-                about = {"model": name, "tokens": number, **asdict(site)}
-                found = site_speed(bench, site, dtype, number, (recorded or {}).get(site.name))
-                document["sites"].append(about | found)
-                partial(document)
-                document["low_rank"] += [about | row for row in low_rank_speed(bench, site, dtype, number)]
-                partial(document)
-                if teal is not None and number == 1:
-                    document["teal"].append(about | teal_speed(bench, site, teal))
-                    partial(document)
-            found = mlp_speed(bench, MODELS[name], dtype, number)
-            document["mlp"].append({"model": name, "tokens": number} | found)
-            partial(document)
+    for part, about, measure in jobs:
+        if clock() >= until:
+            break
+        found = measure()
+        document[part] += [about | row for row in (found if isinstance(found, list) else [found])]
+        document["left"] -= 1
+        partial(document)
     return document
+
+
+def _jobs(
+    bench: Bench,
+    models: Sequence[str],
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+    recorded: Mapping[str, Tensor],
+    teal: Teal | None,
+) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any] | list[dict[str, Any]]]]]:
+    """What is measured, by part of the document: what matters most comes first, for every model."""
+    blocks = [(name, number, MODELS[name]) for name in models for number in tokens]
+    sites: list[tuple[dict[str, Any], Site, int]] = [
+        ({"model": name, "tokens": number, **asdict(site)}, site, number)
+        for name, number, block in blocks
+        for site in block.sites()
+    ]
+    for about, site, number in sites:
+        yield "sites", about, functools.partial(site_speed, bench, site, dtype, number, recorded.get(site.name))
+    for name, number, block in blocks:
+        about = {"model": name, "tokens": number}
+        yield "mlp", about, functools.partial(mlp_speed, bench, block, dtype, number)
+    for about, site, number in sites:
+        if teal is not None and number == 1:
+            yield "teal", about, functools.partial(teal_speed, bench, site, teal)
+    for about, site, number in sites:
+        yield "low_rank", about, functools.partial(low_rank_speed, bench, site, dtype, number)
 
 
 def site_speed(
@@ -325,6 +353,8 @@ def table(document: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
         lines += [_low_rank_line(entry) for entry in document["low_rank"]]
+    if document["left"]:
+        lines += ["", f"The time ended with {document['left']} measurements left."]
     return "\n".join(lines).rstrip()
 
 
@@ -469,12 +499,13 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     def partial(document: dict[str, Any]) -> None:
         if args.save is not None:
             args.save.write_text(_json(document), encoding="utf-8")
-        sys.stderr.write(f"{sum(len(document[part]) for part in ('sites', 'low_rank', 'mlp', 'teal'))} measured\n")
+        sys.stderr.write(f"{document['left']} measurements left\n")
 
     recorded = _recorded(args.activations, bench.device)
     document = kernel_speed(
-        bench, args.model, DTYPES[args.dtype], tokens=args.tokens, recorded=recorded, teal=teal, partial=partial
-    )
+        bench, args.model, DTYPES[args.dtype], tokens=args.tokens, recorded=recorded, teal=teal, seconds=args.seconds,
+        partial=partial,
+    )  # fmt: skip
     return document if failed is None else document | {"teal": [failed]}
 
 
@@ -490,6 +521,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="at once: 1 to 8, any number of them")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after them nothing more is begun")
     parser.add_argument("--teal", type=Path, metavar="FOLDER", help="a checkout of FasterDecoding/TEAL")
     parser.add_argument(
         "--activations", type=Path, metavar="FILE",

@@ -1,5 +1,7 @@
 """The search for tiles on one GPU: which cut of each launch is fastest, and where lists beat masks.
 
+    python -m sparsify.evals.tuning --model llama-3-8b --seconds 90 --out DIR      (as `sparsify tune`)
+
 A launch (`tiles.key_of`) starts at the tile of the rule. Three steps narrow it down, each from the best of the one
 before: block sizes and warps, then splits, then stages; the best few and the rule's are then timed again in turns, and
 the rule's stays unless another is faster by a percent. A tile that does not compile, does not fit or computes
@@ -9,10 +11,13 @@ finished is not searched again. The search takes its measurement and its clock: 
 Inputs are random, half of the channels kept for masks, a tenth for lists, by each token. Not covered: attention, norms.
 """
 
+import argparse
 import json
 import math
 import os
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -23,11 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.errors import SparsifyError
+from sparsify.errors import SparsifyError, suggest
+from sparsify.evals.gpu_kernel_speed import MODELS
 from sparsify.evals.gpu_timing import (
     ACTIVATION,
+    DTYPES,
     TOLERANCES,
     Call,
+    GraphTimer,
     Site,
     SiteCopies,
     Timer,
@@ -36,14 +44,15 @@ from sparsify.evals.gpu_timing import (
     error_of,
     line_of,
 )
-from sparsify.evals.interleaving import in_turns, order
-from sparsify.evals.machine import environment
+from sparsify.evals.interleaving import Progress, in_turns, order
+from sparsify.evals.machine import cache_of, environment
 from sparsify.evals.stream import wait
 from sparsify.kernels.gpu.tiles import (
     MOST_TOKENS,
     RULES,
     Table,
     Tile,
+    file_name,
     key_of,
     read_table,
     ruled_tile,
@@ -73,6 +82,9 @@ _CLEARLY = 1.01
 _CROSSOVER_ROUNDS = 5
 # Of the time: one token, and the comparison of forms, which is about one token, come first.
 _WEIGHT_OF_ONE_TOKEN, _WEIGHT = 4.0, 1.0
+
+# KxN1+N2: linears [N1, K] and [N2, K] that share their input.
+_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*(?:\+[1-9]\d*){0,2})")
 
 Measure = Callable[["Launch", Tile], float]
 # (density, seconds masked, seconds indexed) of sites together, by rising density, with a table's tiles.
@@ -142,6 +154,26 @@ class Found:
         known = {name: value for name, value in vars(self).items() if name != "tile"}
         gain = self.rule_seconds / self.seconds if self.seconds and self.rule_seconds else None
         return known | {"gain": gain}
+
+
+def sites_of(models: Sequence[str], shapes: Sequence[str]) -> list[Site]:
+    """Returns the sites of named models and those written as "KxN1+N2", one to three outputs.
+
+    Raises SparsifyError for an unknown name, another text, or nothing at all.
+    """
+    if not models and not shapes:
+        raise SparsifyError(f"give --model NAME ({', '.join(MODELS)}) or --shape KxN, or several of them")
+    for name in models:
+        if name not in MODELS:
+            near = suggest(name, MODELS)
+            raise SparsifyError(f"unknown model {name!r}: known are {', '.join(MODELS)}; others by --shape.{near}")
+    sites = [site for name in models for site in MODELS[name].sites()]
+    for text in shapes:
+        found = _SHAPE.fullmatch(text)
+        if found is None:
+            raise SparsifyError(f"--shape {text} is none: write KxN, KxN1+N2 or KxN1+N2+N3, such as 4096x14336+14336")
+        sites.append(Site(text, int(found[1]), tuple(int(part) for part in found[2].split("+"))))
+    return sites
 
 
 def launches_of(sites: Iterable[Site], dtype: torch.dtype, tokens: Iterable[int]) -> list[Launch]:
@@ -379,7 +411,7 @@ def tune(
     seconds: float,
     compare: Compare | None = None,
     clock: Clock = time.monotonic,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Searches every launch that is not finished, within the seconds together, and writes the file after each.
 
@@ -436,6 +468,36 @@ def about(device: torch.device) -> dict[str, Any]:
     }
     kept = {name: found[name] for name in ("device", "versions", "date", "gpu") if name in found}
     return kept | {"protocol": protocol}
+
+
+def tune_device(
+    launches: Sequence[Launch], out: Path, *, seconds: float, device: str = "cuda", progress: Progress | None = None
+) -> Tuning:
+    """Tunes launches of one dtype on a GPU; returns the table, a file in the folder `out` named after the device.
+
+    Raises UnavailableError where there is no GPU, SparsifyError for a device that is none and where `Tuning` does.
+    """
+    timer = GraphTimer(_device(device))
+    torch.cuda.set_device(timer.device)
+    facts = about(timer.device)
+    out.mkdir(parents=True, exist_ok=True)
+    tuning = Tuning(out / file_name(facts["device"]), facts)
+    measure = SiteMeasure(timer.device, timer, cache=cache_of(timer.device) or 0)
+    tune(
+        launches, tuning, measure, Limits.of(timer.device), seconds=seconds, progress=progress,
+        compare=lambda sites, table: measure.compare(sites, table, launches[0].dtype),
+    )  # fmt: skip
+    return tuning
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SparsifyError(f"--device {name} is none; write cuda or cuda:1") from error
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 # ---- measuring on a device ----
@@ -541,3 +603,39 @@ def _call(copies: SiteCopies, tensors: Any, tile: Tile, *, indexed: bool, lists:
         copies.x[index], tensors[index], scratch=scratch, up=copies.up[index], activation=ACTIVATION,
         lists=None if lists is None else lists[index], indexed=indexed, tile=tile,
     )  # fmt: skip
+
+
+def _line(key: str, found: Mapping[str, Any], tile: Tile | None) -> str:
+    said = "none works" if tile is None else " ".join(map(str, astuple(tile)))
+    gain = "" if found["gain"] is None else f", {1e6 * found['seconds']:.1f} µs, {found['gain']:.2f}× the rule's"
+    return f"{key}: {said}{gain}{'' if found['complete'] else ' (unfinished)'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m sparsify.evals.tuning", description=__doc__)
+    parser.add_argument("--model", nargs="+", default=[], metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--shape", nargs="+", default=[], metavar="KxN1+N2")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--seconds", type=float, default=90.0, help="for everything together")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(arguments)
+
+    def progress(done: int, total: int) -> None:
+        sys.stderr.write(f"{done}/{total}\n")
+
+    try:
+        launches = launches_of(sites_of(args.model, args.shape), DTYPES[args.dtype], args.tokens)
+        tuning = tune_device(launches, args.out, seconds=args.seconds, device=args.device, progress=progress)
+    except SparsifyError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        return problem.exit_code
+    lines = [_line(key, found, tuning.tiles.get(key)) for key, found in tuning.launches.items()]
+    sys.stdout.write("\n".join([*lines, str(tuning.path)]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,9 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparsify.cli.tune import parse_shape
-from sparsify.errors import SparsifyError
-from sparsify.evals import gpu_timing, tuning
+from sparsify.evals import tuning
 from sparsify.evals.gpu_timing import Call, Turn
 from sparsify.kernels.gpu.tiles import Tile, read_table, ruled_tile
 
@@ -32,7 +30,7 @@ class HostTimer:
 
 @pytest.fixture
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "GraphTimer", HostTimer)
+    monkeypatch.setattr(tuning, "GraphTimer", HostTimer)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     limits = tuning.Limits(1, 1 << 16)
     monkeypatch.setattr(tuning.Limits, "of", lambda device: limits)
@@ -66,20 +64,6 @@ def test_bad_input(run: Run, tmp_path: Path, flags: list[str], words: str) -> No
     result = run("tune", *flags, "--out", tmp_path)
     assert result.exit_code == 2
     assert words in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "shape"),
-    [("64x32", (64, (32,))), ("4096x14336+14336", (4096, (14336, 14336))), ("8x4+2+1", (8, (4, 2, 1)))],
-)
-def test_shapes(text: str, shape: tuple[int, tuple[int, ...]]) -> None:
-    assert parse_shape(text) == shape
-
-
-@pytest.mark.parametrize("text", ["", "64", "64x", "x64", "0x64", "64x0", "64x1+2+3+4", "64x32+", "-1x4", "64 x 32"])
-def test_what_is_no_shape(text: str) -> None:
-    with pytest.raises(SparsifyError, match="write KxN"):
-        parse_shape(text)
 
 
 @pytest.mark.usefixtures("no_gpu_needed")

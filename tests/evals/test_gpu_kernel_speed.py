@@ -207,7 +207,7 @@ def test_the_whole_document(
     said = capsys.readouterr()
     document = json.loads(saved.read_text())
     assert said.out == table(document) + "\n"
-    assert said.err.splitlines()[-1] == "17 measured"
+    assert [line.split()[0] for line in said.err.splitlines()] == [str(n) for n in range(12, -1, -1)]
     assert [(entry["model"], entry["name"], entry["tokens"]) for entry in document["sites"]] == [
         ("tiny", name, 1) for name in ("qkv", "o", "gate_up", "down")
     ]
@@ -235,6 +235,13 @@ def test_results_are_handed_out_as_they_come(bench: Bench, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         kernel_speed(bench, ["tiny"], torch.bfloat16, partial=stop)
     assert seen[0] < seen[1]
+
+
+def test_nothing_is_begun_when_the_time_is_over(bench: Bench) -> None:
+    times = iter([0.0, 1.0, 2.0, 10.0])
+    found = kernel_speed(bench, ["tiny"], torch.bfloat16, seconds=5, clock=lambda: next(times))
+    assert ([entry["name"] for entry in found["sites"]], found["mlp"], found["left"]) == (["qkv", "o"], [], 7)
+    assert table(found).splitlines()[-1] == "The time ended with 7 measurements left."
 
 
 def test_teal_that_cannot_be_imported_is_recorded(

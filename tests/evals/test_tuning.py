@@ -28,8 +28,10 @@ from sparsify.evals.tuning import (
     crossing,
     fits,
     launches_of,
+    main,
     rule_of,
     search,
+    sites_of,
     starts,
     tune,
     variations,
@@ -86,6 +88,22 @@ def test_launches_are_named_once_and_one_token_comes_first() -> None:
         "128x64 bfloat16 4 masked", "128x64 bfloat16 4 indexed",
     ]  # fmt: skip
     assert [launch.site.name for launch in found[:3]] == ["q", "q", "down"]
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "outputs"),
+    [("64x32", 64, (32,)), ("4096x14336+14336", 4096, (14336, 14336)), ("8x4+2+1", 8, (4, 2, 1))],
+)
+def test_shapes(text: str, inputs: int, outputs: tuple[int, ...]) -> None:
+    *first, last = sites_of(["llama-3-8b"], [text])
+    assert first == MODELS["llama-3-8b"].sites()
+    assert (last.inputs, last.outputs, last.gated) == (inputs, outputs, False)
+
+
+@pytest.mark.parametrize("text", ["", "64", "64x", "x64", "0x64", "64x0", "64x1+2+3+4", "64x32+", "-1x4", "64 x 32"])
+def test_what_is_no_shape(text: str) -> None:
+    with pytest.raises(SparsifyError, match="write KxN"):
+        sites_of([], [text])
 
 
 @pytest.mark.parametrize("tokens", [[], [3], [1, 16], [0]])
@@ -504,6 +522,37 @@ def test_a_search_result_says_everything() -> None:
         "seconds": 2e-5, "rule_seconds": 3e-5, "gain": pytest.approx(1.5), "tried": 40,
         "failed": 2, "wrong": 1, "complete": False, "problem": "the rule failed",
     }  # fmt: skip
+
+
+def test_the_module_runs_as_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tuned(launches: Any, out: Path, *, seconds: float, device: str, progress: Any) -> Tuning:
+        assert ([launch.key for launch in launches], seconds, device) == (
+            ["64x32 float16 1 masked", "64x32 float16 1 indexed"], 5.0, "cuda"
+        )  # fmt: skip
+        tuning = Tuning(out / "x.json", ABOUT)
+        tuning.take(launches[0], Found(BEST, 2e-5, 3e-5, 40, 2, 1, True))
+        tuning.take(launches[1], Found(None, None, None, 1, 1, 0, False, "no"))
+        return tuning
+
+    monkeypatch.setattr(module, "tune_device", tuned)
+    flags = ["--shape", "64x32", "--dtype", "float16", "--tokens", "1", "--seconds", "5", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "64x32 float16 1 masked: 512 8 3 8 6, 20.0 µs, 1.50× the rule's",
+        "64x32 float16 1 indexed: none works (unfinished)",
+        str(tmp_path / "x.json"),
+    ]
+    assert main(["--model", "llama-3-9b", "--out", str(tmp_path)]) == 2
+    assert "Did you mean 'llama-3-8b'?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_program_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "llama-3-8b", "--out", str(tmp_path / "tiles")]) == 4
+    assert "there is none here" in capsys.readouterr().err
+    assert not (tmp_path / "tiles").exists()
 
 
 @pytest.mark.gpu
