@@ -31,8 +31,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # Of the output's norm: one rounding of it is 1.1e-3 in bf16, a channel that is lost among 4096 is 1e-2.
 TOLERANCES = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-5}
 _TIMES_THE_CACHE = 4
-# At 90% sparsity the smallest site of a 1B model needs 240.
-_MOST_COPIES = 256
+# At a density of 5% the smallest site of a 1B model needs 500.
+_MOST_COPIES = 512
 _COPY_BYTES = 1 << 28
 # The part of the free memory that copies of one layout may take: there is a second layout, and work memory.
 _SHARE_OF_MEMORY = 0.3
@@ -270,7 +270,7 @@ def copies_on(device: torch.device, size: int, density: float, *, cache: int) ->
 def number_of_copies(size: int, density: float, *, cache: int, free: int | None) -> int:
     """Returns how many copies of `size` bytes, of which a call reads the share `density`, exceed four times the cache.
 
-    At least 2, at most 256, and no more than a part of the free memory holds. Raises UnavailableError where it does
+    At least 2, at most 512, and no more than a part of the free memory holds. Raises UnavailableError where it does
     not hold two.
     """
     wanted = math.floor(_TIMES_THE_CACHE * cache / max(density * size, 1.0)) + 1

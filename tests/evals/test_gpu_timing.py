@@ -57,7 +57,7 @@ def fixed(seconds: float) -> Callable[..., Turn]:
         # Exactly four times is not more than four times.
         (50 * MB, 1.0, 50 * MB, None, 5),
         (1000 * MB, 1.0, 50 * MB, None, 2),
-        (MB, 0.1, 50 * MB, None, 256),
+        (MB, 0.1, 50 * MB, None, 512),
         (100 * MB, 0.1, 50 * MB, 2000 * MB, 6),
         (48, 0.0, 0, None, 2),
     ],
