@@ -55,7 +55,6 @@ from sparsify.kernels.gpu.tiles import (
     file_name,
     key_of,
     read_table,
-    ruled_tile,
     table_document,
     tile_for,
 )
@@ -198,7 +197,7 @@ def launches_of(sites: Iterable[Site], dtype: torch.dtype, tokens: Iterable[int]
 def rule_of(launch: Launch, limits: Limits) -> Tile:
     """Returns the tile that is used where no table has the launch."""
     shape = launch.site.inputs, launch.site.outputs, launch.dtype, launch.tokens
-    return ruled_tile(*shape, multiprocessors=limits.multiprocessors)
+    return tile_for(*shape, indexed=launch.indexed, multiprocessors=limits.multiprocessors)
 
 
 def starts(launch: Launch, limits: Limits) -> list[Tile]:
