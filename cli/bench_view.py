@@ -8,6 +8,7 @@ from sparsify.cli.output import byte_count, make_table, percent
 
 # Seconds of waiting in a second from which a measurement is called disturbed.
 _BUSY = 0.05
+_PATHS = {"native": ", native step", "graph": ", CUDA graphs"}
 
 
 def statements(result: dict[str, Any]) -> list[str]:
@@ -50,12 +51,13 @@ def render_speed(console: Console, result: dict[str, Any]) -> None:
     if len(result["sides"]) > 1:
         console.print(_ratios(result))
     for name, side in result["sides"].items():
-        path = ", native step" if side["path"] == "native" else ""
+        path = _PATHS.get(side["path"], "")
         console.print(f"{name}: {side['about']}{path}{_sparsities(side)}.", markup=False, style="dim")
     for name, reason in result["left_out"].items():
         console.print(f"{name} is left out: {reason}.", markup=False)
     if result["native_problem"]:
-        console.print(f"No native step: {result['native_problem']}.", markup=False)
+        step = "CUDA graphs" if "gpu" in result else "native step"
+        console.print(f"No {step}: {result['native_problem']}.", markup=False)
     if result["random_weights"]:
         console.print("The weights are random: only speed and bytes mean something here, no quality does.")
     for note in filter(None, (busy_note(result), cache_note(result))):

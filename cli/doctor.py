@@ -42,6 +42,7 @@ def doctor(
             "versions": versions(),
             "devices": devices(),
             "cpu_kernels": cpu_kernels(),
+            "gpu_kernels": gpu_kernels(),
             "self_tests": [asdict(test) | {"passed": test.passed} for test in tests],
             "entry_point": entry_point(),
             "hub": probe_hub() if hub else None,
@@ -100,6 +101,33 @@ def cpu_kernels() -> dict[str, Any]:
     }
 
 
+def gpu_kernels() -> dict[str, Any] | None:
+    """Returns what runs a converted model's layers on the GPU, backend and source of tiles; None without a GPU.
+
+    `missing` is the line that says why the Triton kernels are not there, None where they are.
+    """
+    import torch
+
+    from sparsify.kernels.dispatch import preferred_backend
+    from sparsify.kernels.triton_backend import BACKEND, is_installed
+
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert BACKEND.missing is not None
+    found: dict[str, Any] = {
+        "backend": preferred_backend(device, torch.bfloat16, 1024, 1024).name,
+        "tiles": None,
+        "missing": BACKEND.missing(device, torch.bfloat16),
+    }
+    if is_installed():
+        from sparsify.kernels.gpu.tiles import table_of
+
+        table = table_of(device)
+        found["tiles"] = f"tuned for {table.device}" if table.tiles else "by rule; `sparsify tune` finds better ones"
+    return found
+
+
 def entry_point() -> dict[str, Any]:
     """Tells whether transformers and lm_eval find sparse checkpoints without `import sparsify`."""
     points = importlib.metadata.entry_points(group="torch.backends")
@@ -135,6 +163,9 @@ def _render(console: Console, result: dict[str, Any], tests: "list[SelfTest]") -
     for line in result["devices"]:
         console.print(f"  {line}")
     for line in _kernel_lines(result["cpu_kernels"]):
+        console.print(f"    {line}", markup=False)
+    if (gpu := result["gpu_kernels"]) is not None:
+        line = f"{gpu['backend']} backend on the GPU; tiles {gpu['tiles']}" if gpu["tiles"] else str(gpu["missing"])
         console.print(f"    {line}", markup=False)
     console.print()
     _render_self_tests(console, tests)

@@ -30,8 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("llama-3-8b", "llama-2-7b", "llama-3.2-1b")
 _MINUTES = 9.5
 _TESTS = ("tests/kernels/gpu", "tests/gpu")
-# It compiles for other devices, which needs none.
-_NOT_HERE = "tests/kernels/gpu/test_offline.py"
 # What a stage may take of the time that is left when it begins, and at most, in seconds.
 _SHARES = {"tests": (0.5, 240), "tune": (0.25, 75), "kernels": (0.3, 90)}
 # A stage ends by itself before it is stopped.
@@ -46,16 +44,6 @@ TARGETS = (
     ("sparse-50", "llama-2-7b", 1.7),
 )
 Run = Callable[[Sequence[str], float, Mapping[str, str]], str | None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One process: its arguments after `python`, the file that it writes, and the most seconds it may take."""
-
-    name: str
-    arguments: list[str]
-    file: Path
-    seconds: float
 
 
 class Report:
@@ -95,67 +83,85 @@ def run_suite(
     teal: a checkout of TEAL's public code to time beside ours; run: how a stage is run, a process where None; about:
     what the device is, asked where None. Raises UnavailableError without a GPU.
     """
-    if about is None:
-        about = _device()
+    about = _device() if about is None else about
     out.mkdir(parents=True, exist_ok=True)
-    run = run or _process
-    until = clock() + 60 * minutes
-    report = Report(out / "suite.json", about)
-    variables = {"SPARSIFY_TILES": str(out)} if (out / _table_name(about)).is_file() else {}
-
-    tests = Stage("tests", _pytest(out / "tests.xml"), out / "tests.xml", _seconds("tests", until - clock()))
-    _started(report, tests, run, variables)
-    report.document["tests"] = _outcome(tests.file)
-    report.write()
-    if tune and not variables:
-        tiles = out / _table_name(about)
-        seconds = _seconds("tune", until - clock())
-        arguments = [
-            "-m",
-            "sparsify.evals.tuning",
-            "--out",
-            str(out),
-            "--seconds",
-            str(round(seconds - _GRACE)),
-        ]
-        _started(report, Stage("tune", [*arguments, "--model", *shapes], tiles, seconds), run, variables)
-        report.document["tuning"] = _read(tiles)
-        variables = {"SPARSIFY_TILES": str(out)} if tiles.is_file() else {}
-    kernels = Stage(
-        "kernels",
-        [
-            "-m",
-            "sparsify.evals.gpu_kernel_speed",
-            "--model",
-            *shapes,
-            "--rounds",
-            "7",
-            "--save",
-            str(out / "kernels.json"),
-        ]
-        + (["--teal", str(teal)] if teal is not None else []),
-        out / "kernels.json",
-        _seconds("kernels", until - clock()),
-    )
-    _started(report, kernels, run, variables)
-    report.document["kernels"] = _read(kernels.file)
-    report.write()
-
-    failed = [name for name in report.document["tests"]["failed"] if name.startswith("tests.gpu")]
+    suite = _Suite(Report(out / "suite.json", about), out, clock() + 60 * minutes, run or _process, clock)
+    suite.tests()
+    if tune:
+        suite.tune(shapes)
+    suite.kernels(shapes, teal)
+    failed = [name for name in suite.report.document["tests"]["failed"] if name.startswith("tests.gpu")]
     for number, shape in enumerate(shapes):
-        if failed or report.document["tests"]["passed"] == 0:
-            report.problem(
-                shape, f"not timed: {len(failed)} tests of whole models failed" if failed else "not timed: no test ran"
-            )
-            continue
-        seconds = (until - clock()) / (len(shapes) - number)
-        file = out / f"{shape}.json"
+        if failed:
+            suite.report.problem(shape, f"not timed: {len(failed)} tests of whole models failed")
+        elif not suite.report.document["tests"]["passed"]:
+            suite.report.problem(shape, "not timed: no test ran")
+        else:
+            suite.decode(shape, share=1 / (len(shapes) - number), compiled=number == 0)
+    return suite.report.document
+
+
+@dataclass
+class _Suite:
+    """The stages, each of which adds to the report. until: when the last one has to be over, by the clock."""
+
+    report: Report
+    out: Path
+    until: float
+    run: Run
+    clock: Callable[[], float]
+
+    @property
+    def tiles(self) -> Path:
+        """The table of tiles for this device."""
+        from sparsify.kernels.gpu.tiles import file_name
+
+        return self.out / file_name(self.report.document["device"])
+
+    def tests(self) -> None:
+        file = self.out / "tests.xml"
+        arguments = ["-m", "pytest", "-q", *_TESTS, "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={file}"]
+        self._run("tests", arguments, file, self._seconds("tests"))
+        self.report.document["tests"] = _outcome(file)
+        self.report.write()
+
+    def tune(self, shapes: Sequence[str]) -> None:
+        """Looks for tiles of one token, unless a table is there: tuned ones are used by the stages after it."""
+        if not self.tiles.is_file():
+            seconds = self._seconds("tune")
+            arguments = ["-m", "sparsify.evals.tuning", "--out", str(self.out), "--seconds", _inside(seconds)]
+            self._run("tune", [*arguments, "--tokens", "1", "--model", *shapes], self.tiles, seconds)
+        self.report.document["tuning"] = _read(self.tiles)
+        self.report.write()
+
+    def kernels(self, shapes: Sequence[str], teal: Path | None) -> None:
+        file, seconds = self.out / "kernels.json", self._seconds("kernels")
+        arguments = ["-m", "sparsify.evals.gpu_kernel_speed", "--model", *shapes, "--rounds", "7", "--save", str(file)]
+        arguments += ["--seconds", _inside(seconds), *(["--teal", str(teal)] if teal is not None else [])]
+        self._run("kernels", arguments, file, seconds)
+        self.report.document["kernels"] = _read(file)
+        self.report.write()
+
+    def decode(self, shape: str, *, share: float, compiled: bool) -> None:
+        file, seconds = self.out / f"{shape}.json", max(1.0, share * (self.until - self.clock()))
         arguments = ["-m", "sparsify.evals.gpu_decode_speed", "--shape", shape, "--save", str(file)]
-        arguments += ["--seconds", str(max(1, round(seconds - _GRACE))), *(["--compiled"] if number == 0 else [])]
-        _started(report, Stage(shape, arguments, file, seconds), run, variables)
-        report.document["decode"][shape] = _read(file)
-        report.write()
-    return report.document
+        arguments += ["--seconds", _inside(seconds), *(["--compiled"] if compiled else [])]
+        self._run(shape, arguments, file, seconds)
+        self.report.document["decode"][shape] = _read(file)
+        self.report.write()
+
+    def _seconds(self, stage: str) -> float:
+        share, most = _SHARES[stage]
+        return max(1.0, min(share * (self.until - self.clock()), most))
+
+    def _run(self, name: str, arguments: Sequence[str], file: Path, seconds: float) -> None:
+        """Runs one process; what an earlier suite wrote is not taken for its results."""
+        file.unlink(missing_ok=True)
+        print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
+        variables = {"SPARSIFY_TILES": str(self.out)} if self.tiles.is_file() else {}
+        problem = self.run([sys.executable, *arguments], seconds, variables)
+        if problem is not None:
+            self.report.problem(name, problem)
 
 
 def table(document: Mapping[str, Any]) -> str:
@@ -202,29 +208,9 @@ def _device() -> dict[str, Any]:
     return environment(torch.device("cuda", torch.cuda.current_device()))
 
 
-def _table_name(about: Mapping[str, Any]) -> str:
-    from sparsify.kernels.gpu.tiles import file_name
-
-    return file_name(about["device"])
-
-
-def _seconds(stage: str, left: float) -> float:
-    share, most = _SHARES[stage]
-    return max(1.0, min(share * left, most))
-
-
-def _pytest(results: Path) -> list[str]:
-    return [
-        "-m", "pytest", "-q", *_TESTS, f"--ignore={_NOT_HERE}", "-p", "no:cacheprovider", f"--junitxml={results}",
-    ]  # fmt: skip
-
-
-def _started(report: Report, stage: Stage, run: Run, variables: Mapping[str, str]) -> None:
-    stage.file.unlink(missing_ok=True)
-    print(f"{stage.name}: at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
-    problem = run([sys.executable, *stage.arguments], stage.seconds, variables)
-    if problem is not None:
-        report.problem(stage.name, problem)
+def _inside(seconds: float) -> str:
+    """The seconds that a stage is told, so that it ends by itself."""
+    return str(max(1, round(seconds - _GRACE)))
 
 
 def _process(command: Sequence[str], seconds: float, variables: Mapping[str, str]) -> str | None:

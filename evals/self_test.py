@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.kernels import dispatch, library, native
-from sparsify.kernels.native_mlp import gated_mlp
+from sparsify.kernels import dispatch, library, native, native_mlp, triton_backend
 from sparsify.kernels.spec import Backend, SparseTensors
 
 # Norm of the error over the norm of the exact output. One rounding of the output is 2^-9 in bf16 and 2^-12 in fp16
@@ -135,16 +134,19 @@ def _linear_cases(backend: Backend, device: torch.device, dtype: torch.dtype) ->
 
 
 def _mlp_cases(backend: Backend, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The gated MLP in one call, which only the native backend has; for relu also with up by rows.
+    """The gated MLP in one call, which the native and the GPU backend have; for relu also with up by rows.
 
     Down drops what is exactly 0 and nothing else: its mask must not hang on how gate and up were rounded.
     """
     inputs, neurons = 96, 160
-    if backend is not native.BACKEND or not backend.supports(device, dtype, inputs, neurons):
+    gated_mlp = _gated_mlp(backend)
+    if gated_mlp is None or not backend.supports(device, dtype, inputs, neurons):
         return
     for activation, function in _ACTIVATIONS.items():
         for by_rows in (False, True) if activation == "relu" else (False,):
-            for tokens in range(1, library.MAX_TOKENS + 1):
+            # On a GPU several tokens have no use for rows of up.
+            most = 1 if by_rows and device.type == "cuda" else library.MAX_TOKENS
+            for tokens in range(1, most + 1):
                 random = torch.Generator().manual_seed(tokens)
                 x = _normal(random, tokens, inputs).to(device, dtype)
                 gate = _random_linear(random, x, neurons, 0.5, 8, True)
@@ -154,6 +156,14 @@ def _mlp_cases(backend: Backend, device: torch.device, dtype: torch.dtype) -> It
                 down.threshold.zero_()
                 where = f"{activation}{', up by rows' if by_rows else ''}, {tokens} tokens"
                 yield Case(where, partial(gated_mlp, x, gate, up, down, activation=activation), exact(inner, down))
+
+
+def _gated_mlp(backend: Backend) -> Callable[..., Tensor] | None:
+    if backend is triton_backend.BACKEND and triton_backend.is_installed():
+        from sparsify.kernels.gpu import mlp
+
+        return mlp.gated_mlp
+    return native_mlp.gated_mlp if backend is native.BACKEND else None
 
 
 # The kernels by name, each with its cases for a backend, device and dtype: none where the backend has no such kernel.

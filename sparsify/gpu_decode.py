@@ -166,7 +166,8 @@ class GpuDecoder:
             return advance
         state = (self.step.tokens, self.step.position, self._ended, self._written)
         before = [tensor.clone() for tensor in state]
-        generator = torch.cuda.default_generators[device.index or torch.cuda.current_device()]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
         seed = generator.get_state()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
@@ -185,7 +186,14 @@ class GpuDecoder:
             tensor.copy_(old)
         # Tokens drawn for nothing do not count.
         generator.set_state(seed)
-        return graph.replay
+        logits = self.logits
+
+        def replay() -> None:
+            graph.replay()
+            # Of this graph: another one has its own.
+            self.logits = logits
+
+        return replay
 
     def _take(self, logits: Tensor, choice: Choice) -> None:
         """Chooses from logits [B, V], writes the tokens behind the position, and moves on."""

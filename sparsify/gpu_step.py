@@ -168,6 +168,10 @@ class GpuStep:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Returns the logits [B, V] after `tokens`, and appends their keys and values at `position`."""
+        with site.on_device(self.model.device):
+            return self._run()
+
+    def _run(self) -> Tensor:
         residual = self._decoder.embed_tokens(self.tokens)
         delta: Tensor | None = None
         for number, (block, (qkv, o, gate_up, down)) in enumerate(zip(self._blocks, self._sites, strict=True)):

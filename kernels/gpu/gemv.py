@@ -137,10 +137,12 @@ def sparse_gemv(
                 if WIDEN:
                     total = tl.dot(value, tile.to(tl.float32), total, input_precision="ieee")
                 else:
-                    # Two products on tensor cores keep t to twice the digits of the dtype.
+                    # Two products keep t to twice the digits of the dtype; an infinite t is whole in the first.
                     high = value.to(tile.dtype)
+                    rest = value - high.to(tl.float32)
+                    rest = tl.where(tl.abs(high.to(tl.float32)) == float("inf"), 0.0, rest)
                     total = tl.dot(high, tile, total, input_precision="ieee")
-                    total = tl.dot((value - high.to(tl.float32)).to(tile.dtype), tile, total, input_precision="ieee")
+                    total = tl.dot(rest.to(tile.dtype), tile, total, input_precision="ieee")
 
     all_columns = n0
     if LINEARS > 1:
@@ -158,11 +160,15 @@ def sparse_gemv(
         seen = tl.atomic_add(counter + block, 1, sem="acq_rel", scope="gpu")
         if seen == SPLITS - 1:
             total = tl.zeros([TOKENS, BLOCK_N], tl.float32)
-            for other in tl.static_range(SPLITS):
-                # Past the first-level cache, which may hold what stood there before.
-                total += tl.load(
-                    partial + other * tokens * all_columns + at, mask=there, other=0.0, cache_modifier=".cg"
-                )
+            # Past the first-level cache, which may hold what stood there before.
+            if TOKENS == 1:
+                for other in tl.static_range(SPLITS):
+                    total += tl.load(partial + other * all_columns + at, mask=there, other=0.0, cache_modifier=".cg")
+            else:
+                # Not all at once: sixteen times as many values would not fit into the registers.
+                for other in tl.range(0, SPLITS, loop_unroll_factor=2):
+                    sums = partial + other * tokens * all_columns + at
+                    total += tl.load(sums, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter + block, 0)
             _store(y + tokens * start, total, bias, columns, inside_n, there, n, TOKENS, BIASED)
     else:

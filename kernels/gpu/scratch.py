@@ -27,7 +27,11 @@ class Scratch:
         self._next = 0
 
     def counters(self, number: int) -> Tensor:
-        """Returns int32 zeros [number], which a launch leaves zero."""
+        """Returns int32 zeros [number], which a launch leaves zero. Raises SparsifyError for more than there are."""
+        if number > len(self._ring):
+            raise SparsifyError(
+                f"a launch needs {number} counters, there are {len(self._ring)}: its outputs are too many"
+            )
         if self._next + number > len(self._ring):
             self._next = 0
         taken = self._ring[self._next : self._next + number]

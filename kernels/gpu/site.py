@@ -34,6 +34,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _MULTIPROCESSORS, _INTERPRETER_MULTIPROCESSORS = 108, 1
 _SEGMENT, _BLOCK_R, _BLOCK_K = 4096, 4, 1024
 _SELECT_WARPS = 8
+# What a product on tensor cores takes at least.
+_LEAST_BLOCK_K = 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def run_site(
         tile = tile_for(
             channels, outputs, x.dtype, tokens, indexed=indexed, multiprocessors=multiprocessors, table=table
         )
+    if tokens > 1 and tile.block_k < _LEAST_BLOCK_K:
+        raise SparsifyError(f"block_k is {tile.block_k}: for several tokens it must be at least {_LEAST_BLOCK_K}")
     y = scratch.empty(tokens * sum(outputs), x.dtype)
     blocks = sum(triton.cdiv(n, tile.block_n) for n in outputs)
     split = tile.splits > 1

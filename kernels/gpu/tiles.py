@@ -78,10 +78,12 @@ def tile_for(
 ) -> Tile:
     """Returns the table's tile for a site of linears [N_l, inputs], or the rule's where it has none."""
     found = table.tiles.get(key_of(inputs, outputs, dtype, tokens, indexed=indexed))
-    return found or ruled_tile(inputs, outputs, dtype, tokens, multiprocessors=multiprocessors)
+    return found or ruled_tile(inputs, outputs, dtype, tokens, indexed=indexed, multiprocessors=multiprocessors)
 
 
-def ruled_tile(inputs: int, outputs: Sequence[int], dtype: torch.dtype, tokens: int, *, multiprocessors: int) -> Tile:
+def ruled_tile(
+    inputs: int, outputs: Sequence[int], dtype: torch.dtype, tokens: int, *, multiprocessors: int, indexed: bool = False
+) -> Tile:
     """Returns a tile by rule: 512-byte rows where that leaves enough programs, shorter ones for small outputs."""
     narrow = dtype.itemsize <= 2
     block_k = 16 if tokens == 1 else 32
@@ -97,6 +99,9 @@ def ruled_tile(inputs: int, outputs: Sequence[int], dtype: torch.dtype, tokens: 
     splits = max(1, min(-(-target // blocks), 16, most))
     # What is on its way from memory at once: at least 20 KB a program.
     stages = 4 if block_n * block_k * dtype.itemsize >= 8192 else 6
+    if indexed and tokens > 1:
+        # The way from the list over the inputs to the weights takes stages of its own.
+        stages += 3
     return Tile(block_n=block_n, block_k=block_k, splits=splits, warps=4, stages=stages)
 
 

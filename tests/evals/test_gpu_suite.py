@@ -55,7 +55,9 @@ class FakeRuns:
         if module == "pytest":
             results = next(part for part in command if part.startswith("--junitxml="))
             Path(results.partition("=")[2]).write_text(self.tests)
-        elif module == "tuning":
+        elif module in ("tuning", "gpu_kernel_speed"):
+            assert 0 < float(values["--seconds"]) < seconds or seconds < 20
+        if module == "tuning":
             (Path(values["--out"]) / "test-gpu-9.json").write_text('{"tiles": {}}')
         elif module == "gpu_decode_speed":
             assert float(values["--seconds"]) < seconds

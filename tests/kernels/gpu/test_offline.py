@@ -61,7 +61,7 @@ def widths(record: Record, source: str) -> list[tuple[bool, int]]:
 # The most registers of a thread: measured (bf16 and fp16, sm_90 and sm_80), allowed.
 REGISTERS = {
     "sparse_gemv of one token": (111, 128),
-    "sparse_gemv of several tokens": (204, 224),
+    "sparse_gemv of several tokens": (114, 128),
     "select": (64, 80),
     # One program of 8 warps: half of a multiprocessor's registers at 128.
     "add_norm": (128, 168),
@@ -150,9 +150,10 @@ def test_weights_are_read_widely_on_amd(records: list[Record]) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_80"])
 def test_partial_sums_are_read_past_the_first_cache(records: list[Record], target: str) -> None:
-    for kernel, source in {"sparse_gemv": "partial + other", "decode_attention": "at[:, None] + e[None, :]"}.items():
+    sources = {"sparse_gemv": ("partial + other", "tl.load(sums"), "decode_attention": ("at[:, None] + e[None, :]",)}
+    for kernel, lines in sources.items():
         for record in of(records, target=target, kernel=kernel):
-            found = [line.rpartition(" | ")[2] for line in record["loads"] if source in line]
+            found = [line.rpartition(" | ")[2] for line in record["loads"] if any(source in line for source in lines)]
             assert found, name(record)
             assert all(kind.startswith("cg ") for kind in found), (name(record), found)
 

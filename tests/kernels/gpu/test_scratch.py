@@ -26,6 +26,11 @@ def test_counters_do_not_fall_over_the_end() -> None:
     assert scratch.counters(0).numel() == 0
 
 
+def test_more_counters_than_there_are_is_an_error() -> None:
+    with pytest.raises(SparsifyError, match="a launch needs 11 counters, there are 10"):
+        Scratch(torch.device("cpu"), size=10).counters(11)
+
+
 def test_counters_are_aligned_alike() -> None:
     """Triton compiles a kernel once more for a pointer that is not a multiple of 16 bytes."""
     scratch = Scratch(torch.device("cpu"), size=200)
