@@ -284,6 +284,8 @@ class Generate:
         switch = getattr(self.model, "sparsity_switch", None)
         key = (batch, switch is not None and switch.forced_dense)
         if key not in self._decoders:
+            # One cache is kept for the next call, dense and sparse; those for other batches are given back.
+            self._decoders = {other: decoder for other, decoder in self._decoders.items() if other[0] == batch}
             self._decoders[key] = GpuDecoder(self.model, batch=batch, run_dense=key[1])
         return self._decoders[key]
 
