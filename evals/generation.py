@@ -113,8 +113,11 @@ def _continue(
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)
         with dense(model) if run_dense else nullcontext():
-            # Unmeasured: the first steps of a process set up threads and caches.
-            _generate(model, ids, settings | {"max_new_tokens": 2, "do_sample": False})
+            # Unmeasured: the first steps of a process set up threads and caches; on a GPU, kernels are compiled and
+            # graphs made for this length and this way to choose.
+            few = {"max_new_tokens": 2, "do_sample": False}
+            _generate(model, ids, settings | (few if model.device.type == "cpu" else {}))
+            torch.manual_seed(seed)
             started = time.perf_counter()
             tokens = _generate(model, ids, settings)
             seconds = time.perf_counter() - started
