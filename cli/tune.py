@@ -64,7 +64,8 @@ def _tuned(
     progress: Progress,
 ) -> dict[str, Any]:
     from sparsify.evals.gpu_timing import DTYPES
-    from sparsify.evals.tuning import launches_of, sites_of, tune_device
+    from sparsify.evals.tile_search import launches_of
+    from sparsify.evals.tuning import sites_of, tune_device
 
     if dtype not in DTYPES:
         raise SparsifyError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")

@@ -11,12 +11,10 @@ Not covered: whole steps, attention, where lists come from the norm before.
 
 import argparse
 import functools
-import importlib.util
 import json
 import math
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,46 +25,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, suggest
+from sparsify.evals.gpu_bench import ROUNDS, SPARSITIES, Bench, described, milliseconds, site_call
+from sparsify.evals.gpu_kernel_table import table
 from sparsify.evals.gpu_timing import (
     ACTIVATION,
     DTYPES,
     TOLERANCES,
     Call,
-    DeviceCopy,
-    GraphTimer,
     Side,
     Site,
     SiteCopies,
-    Timed,
-    Timer,
     copies_on,
     exact,
     gated,
     line_of,
     require_gpu,
-    timed,
 )
-from sparsify.evals.interleaving import Spread, medians, ratio
-from sparsify.evals.machine import cache_of, environment
-from sparsify.kernels.gpu.tiles import MOST_TOKENS, Table, table_of
+from sparsify.evals.interleaving import ratio
+from sparsify.evals.machine import environment
+from sparsify.evals.teal_kernel import Teal, load_teal, teal_speed
+from sparsify.kernels.gpu.tiles import MOST_TOKENS
 from sparsify.kernels.spec import SparseTensors
 
-SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.9)
-# Where the paper's speed is quoted; its tuner takes seconds for each.
-TEAL_SPARSITIES = (0.4, 0.5, 0.6)
 RANK, _RANK_SPARSITIES = 64, (0.5, 0.7)
 # In the MLP a value whose rounding falls to its other side can fall to the other side of down's threshold, too.
 _MLP_TOLERANCE = 5.0
-# TEAL adds up to hundreds of parts of a sum in fp16.
-_TEAL_TOLERANCE = 3e-2
-_ROUNDS = 15
 
 # What a side is faster than, by the name of the ratio.
 _OVER_OURS = {"speedup": "masked 0%", "over_dense": "dense"}
-_HEAD = ("form", "sparsity", "kept", "ms", "p10 to p90", "GB/s", "of a copy")
-_COLUMNS = {"speedup": "× our 0%", "over_dense": "× dense", "over_teal": "× TEAL"}
-
-Teal = Callable[[Tensor, Tensor, float, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,34 +82,6 @@ MODELS = {
     # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
     "llama-3.2-1b": Block(hidden=2048, queries=2048, keys=512, neurons=8192),
 }
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the measurements of a run share. cache: bytes of the device's L2; table: the tiles that are used."""
-
-    device: torch.device
-    timer: Timer
-    copy: DeviceCopy
-    cache: int
-    table: Table
-    rounds: int = _ROUNDS
-    sparsities: Sequence[float] = SPARSITIES
-
-    @classmethod
-    def on(cls, device: torch.device, *, rounds: int = _ROUNDS, sparsities: Sequence[float] = SPARSITIES) -> "Bench":
-        """Returns one for a GPU. Raises UnavailableError where nothing can be timed."""
-        timer, cache = GraphTimer(device), cache_of(device) or 0
-        return cls(device, timer, DeviceCopy(device, cache=cache), cache, table_of(device), rounds, sparsities)
-
-    def copies(self, site: Site, dtype: torch.dtype, tokens: int, recorded: Tensor | None = None) -> SiteCopies:
-        """Returns the site as often as the lowest density needs."""
-        number = copies_on(self.device, site.nbytes(dtype), 1.0 - max(self.sparsities), cache=self.cache)
-        return SiteCopies(site, dtype, tokens, self.device, number, recorded=recorded)
-
-    def timed(self, sides: Mapping[str, Side], copies: int) -> Timed:
-        """Checks and measures the sides."""
-        return timed(sides, copies, self.timer, self.copy, self.rounds)
 
 
 def kernel_speed(
@@ -206,7 +164,7 @@ def site_speed(
         expected, kept = copies.expected(tensors[0]), copies.kept(tensors)
         for form in ("masked", "indexed"):
             name = f"{form} {sparsity:.0%}"
-            call = _site_call(bench, copies, tensors, indexed=form == "indexed")
+            call = site_call(bench, copies, tensors, indexed=form == "indexed")
             sides[name] = Side(call, expected, TOLERANCES[dtype])
             touched = kept * site.nbytes(dtype)
             about[name] = {"form": form, "sparsity": sparsity, "kept": kept, "bytes": touched}
@@ -214,7 +172,7 @@ def site_speed(
     sides["dense"] = Side(lambda index: F.linear(copies.h[index], rows[index]))
     about["dense"] = {"form": "torch", "sparsity": 0.0, "kept": 1.0, "bytes": site.nbytes(dtype)}
     measured = bench.timed(sides, len(copies))
-    return {"copies": len(copies)} | _described(measured, about, _OVER_OURS)
+    return {"copies": len(copies)} | described(measured, about, _OVER_OURS)
 
 
 def low_rank_speed(bench: Bench, site: Site, dtype: torch.dtype, tokens: int) -> list[dict[str, Any]]:
@@ -232,14 +190,14 @@ def low_rank_speed(bench: Bench, site: Site, dtype: torch.dtype, tokens: int) ->
         sides = {}
         for name, share, rank in (("low rank", sparsity, RANK), ("channels", same, 0)):
             tensors = copies.tensors(share, rank=rank, scaled=True)
-            call = _site_call(bench, copies, tensors, indexed=None)
+            call = site_call(bench, copies, tensors, indexed=None)
             sides[name] = Side(call, copies.expected(tensors[0]), TOLERANCES[dtype])
         measured = bench.timed(sides, len(copies))
         row: dict[str, Any] = {"rank": RANK, "sparsity": sparsity, "low_rank_bytes": low_bytes}
         if measured.problems:
             found.append(row | {"problem": _joined(measured.problems)})
             continue
-        times = {f"{name.replace(' ', '_')}_ms": asdict(_ms(measured.seconds[name])) for name in sides}
+        times = {f"{name.replace(' ', '_')}_ms": asdict(milliseconds(measured.seconds[name])) for name in sides}
         extra = ratio(measured.seconds["low rank"], measured.seconds["channels"])
         found.append(row | times | {"ratio": asdict(extra)})
     return found
@@ -261,7 +219,7 @@ def mlp_speed(bench: Bench, block: Block, dtype: torch.dtype, tokens: int) -> di
         sites = pair.tensors(sparsity)
         # What down meets at this sparsity: its thresholds are quantiles of it.
         down.h = [
-            gated(*run_site(x, site, scratch=_scratch(bench), table=bench.table))
+            gated(*run_site(x, site, scratch=bench.scratch, table=bench.table))
             for x, site in zip(pair.x, sites, strict=True)
         ]
         lasts = down.tensors(sparsity)
@@ -279,153 +237,11 @@ def mlp_speed(bench: Bench, block: Block, dtype: torch.dtype, tokens: int) -> di
     sides["dense"] = Side(dense)
     about["dense"] = {"form": "torch", "sparsity": 0.0, "kept": 1.0, "bytes": size}
     measured = bench.timed(sides, number)
-    return {"copies": number} | _described(measured, about, {"speedup": "ours 0%", "over_dense": "dense"})
-
-
-def teal_speed(bench: Bench, site: Site, teal: Teal) -> dict[str, Any]:
-    """Measures TEAL's kernel beside ours: fp16, one token, for a gated site both without act · up.
-
-    TEAL's weights are merged, one launch a site, which is the best that it can do.
-    """
-    copies = bench.copies(replace(site, gated=False), torch.float16, 1)
-    merged = [torch.cat([w.t() for w in weights], dim=1).t() for weights in copies.weights]
-    sides: dict[str, Side] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for sparsity in TEAL_SPARSITIES:
-        tensors = copies.tensors(sparsity)
-        expected, kept = copies.expected(tensors[0]), copies.kept(tensors)
-        common = {"sparsity": sparsity, "kept": kept, "bytes": kept * site.nbytes(torch.float16)}
-        for form in ("masked", "indexed"):
-            name = f"{form} {sparsity:.0%}"
-            call = _site_call(bench, copies, tensors, indexed=form == "indexed")
-            sides[name] = Side(call, expected, TOLERANCES[torch.float16])
-            about[name] = {"form": form, **common}
-        cuts = [float(linears[0].threshold) for linears in tensors]
-        name = f"TEAL {sparsity:.0%}"
-        sides[name] = Side(
-            _teal_call(teal, copies.h, merged, cuts, round(100 * sparsity)), [torch.cat(expected, 1)], _TEAL_TOLERANCE
-        )
-        about[name] = {"form": "TEAL", **common}
-    measured = bench.timed(sides, len(copies))
-    return {"copies": len(copies)} | _described(measured, about, {"over_teal": "TEAL {sparsity:.0%}"})
-
-
-def load_teal(folder: Path) -> Teal:
-    """Returns TEAL's product (x [1, 1, K], weight [N, K] channel-contiguous, threshold, bin) → [1, 1, N] of a checkout.
-
-    https://github.com/FasterDecoding/TEAL, kernels/sparse_gemv.py. Its wrapper for torch.compile is left out: it needs
-    a package that nothing else of it needs. Raises SparsifyError for a folder that does not hold it, and whatever its
-    code raises.
-    """
-    file = folder / "kernels" / "sparse_gemv.py"
-    spec = importlib.util.spec_from_file_location("teal_sparse_gemv", file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        raise SparsifyError(f"--teal {folder}: there is no kernels/sparse_gemv.py; give a checkout of TEAL")
-    module, wrapper = importlib.util.module_from_spec(spec), types.ModuleType("compile_wrapper")
-    wrapper.__dict__["BaseKernel"] = object
-    path, before = list(sys.path), sys.modules.get("compile_wrapper")
-    sys.modules["compile_wrapper"] = wrapper
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = path
-        del sys.modules["compile_wrapper"]
-        if before is not None:
-            sys.modules["compile_wrapper"] = before
-    product: Teal = module.splitk_sparse_gemv
-    return product
-
-
-def table(document: dict[str, Any]) -> str:
-    """Returns the document as markdown."""
-    gpu = document["device"]
-    lines = [f"{gpu}, {document['dtype']}, tiles: {document['tiles']}, inputs: {document['inputs']}", ""]
-    parts = {"site": "sites", "MLP": "mlp", "against TEAL": "teal"}
-    for title, entries in ((title, document[part]) for title, part in parts.items() if document[part]):
-        ratios = [label for label in _COLUMNS if any(label in side for e in entries for side in e.get("sides", []))]
-        columns = [title, *_HEAD, *(_COLUMNS[label] for label in ratios)]
-        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += [line for entry in entries for line in _lines(entry, ratios)]
-        lines.append("")
-    if document["low_rank"]:
-        lines += [
-            "| site | sparsity | rank | ms | the same bytes in channels, ms | extra |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [_low_rank_line(entry) for entry in document["low_rank"]]
-    if document["left"]:
-        lines += ["", f"The time ended with {document['left']} measurements left."]
-    return "\n".join(lines).rstrip()
-
-
-def _lines(entry: dict[str, Any], ratios: Sequence[str]) -> list[str]:
-    if "problem" in entry:
-        return [f"| {entry['problem']} |" + " |" * (len(_HEAD) + len(ratios))]
-    found = []
-    for side in entry["sides"]:
-        start = f"| {_name(entry)} | {side['form']} | {side['sparsity']:.0%} | {side['kept']:.1%} | "
-        if "problem" in side:
-            found.append(f"{start}{side['problem']} |" + " |" * (3 + len(ratios)))
-            continue
-        ms, shares = side["ms"], side["share_of_copy"]
-        cells = [
-            f"{ms['median']:.4f}", f"{ms['p10']:.4f} to {ms['p90']:.4f}", f"{side['gb_per_second']:.0f}",
-            f"{shares['median']:.0%}", *("" if side[r] is None else f"{side[r]['median']:.2f}" for r in ratios),
-        ]  # fmt: skip
-        found.append(start + " | ".join(cells) + " |")
-    return found
-
-
-def _low_rank_line(entry: dict[str, Any]) -> str:
-    start = f"| {_name(entry)} | {entry['sparsity']:.0%} | {entry['rank']} | "
-    if "problem" in entry:
-        return f"{start}{entry['problem']} | | |"
-    low, channels = entry["low_rank_ms"]["median"], entry["channels_ms"]["median"]
-    return f"{start}{low:.4f} | {channels:.4f} | {entry['ratio']['median'] - 1:+.1%} |"
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return f"{entry['model']} {entry.get('name', 'MLP')}, {entry['tokens']} tok."
-
-
-def _described(measured: Timed, about: Mapping[str, dict[str, Any]], over: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what is known of every side. over: ratios by name, to the sides of these names (with a side's own values
-    filled in), None where such a side has no times.
-    """
-    sides = []
-    for name, known in about.items():
-        if name in measured.problems:
-            sides.append(known | {"problem": measured.problems[name]})
-            continue
-        rounds = measured.seconds[name]
-        ms = _ms(rounds)
-        shares = [known["bytes"] / s / 1e9 / gb for s, gb in zip(medians(rounds), measured.copy, strict=True)]
-        others = {label: measured.seconds.get(other.format(**known)) for label, other in over.items()}
-        ratios = {label: None if other is None else asdict(ratio(other, rounds)) for label, other in others.items()}
-        speed = {"ms": asdict(ms), "gb_per_second": known["bytes"] / ms.median / 1e6}
-        sides.append(known | speed | {"share_of_copy": asdict(Spread.of(shares))} | ratios)
-    return {"copy_gb_per_second": asdict(Spread.of(measured.copy)), "sides": sides}
-
-
-def _ms(rounds: Sequence[Sequence[float]]) -> Spread:
-    return Spread.of([1e3 * seconds for values in rounds for seconds in values])
+    return {"copies": number} | described(measured, about, {"speedup": "ours 0%", "over_dense": "dense"})
 
 
 def _joined(problems: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-
-
-def _site_call(
-    bench: Bench, copies: SiteCopies, tensors: Sequence[Sequence[SparseTensors]], *, indexed: bool | None
-) -> Call:
-    """Our product of one site; indexed None: in the form that the table chooses."""
-    from sparsify.kernels.gpu.site import run_site
-
-    scratch = _scratch(bench)
-    return lambda index: run_site(
-        copies.x[index], tensors[index], scratch=scratch, table=bench.table, up=copies.up[index],
-        activation=ACTIVATION, indexed=indexed,
-    )  # fmt: skip
 
 
 def _mlp_call(
@@ -437,20 +253,10 @@ def _mlp_call(
     return lambda index: gated_mlp(x[index], *sites[index], lasts[index][0], activation=ACTIVATION)
 
 
-def _teal_call(teal: Teal, h: Sequence[Tensor], weights: Sequence[Tensor], cuts: Sequence[float], tag: int) -> Call:
-    return lambda index: teal(h[index].view(1, 1, -1), weights[index], cuts[index], tag)
-
-
 def _exact_mlp(x: Tensor, pair: Sequence[SparseTensors], down: SparseTensors) -> Tensor:
     """The gated MLP in fp64, rounded between its products as the modules round."""
     gate, up = (exact(x, t).to(x.dtype) for t in pair)
     return exact(F.silu(gate) * up, down)
-
-
-def _scratch(bench: Bench) -> Any:
-    from sparsify.kernels.gpu.scratch import scratch_of
-
-    return scratch_of(bench.device)
 
 
 def _check(models: Sequence[str], tokens: Sequence[int]) -> None:
@@ -520,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="at once: 1 to 8, any number of them")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=math.inf, help="after them nothing more is begun")
     parser.add_argument("--teal", type=Path, metavar="FOLDER", help="a checkout of FasterDecoding/TEAL")
     parser.add_argument(

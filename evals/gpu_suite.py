@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 import torch
 
 from sparsify.errors import SparsifyError, UnavailableError
-from sparsify.evals import gpu_decode_speed, gpu_kernel_speed
+from sparsify.evals import gpu_decode_speed, gpu_kernel_table
 from sparsify.evals.machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def table(document: Mapping[str, Any]) -> str:
         if found is not None:
             lines += ["", "## Decoding, " + gpu_decode_speed.table(found)]
     if document["kernels"] is not None:
-        lines += ["", "## Kernels by themselves", "", gpu_kernel_speed.table(document["kernels"])]
+        lines += ["", "## Kernels by themselves", "", gpu_kernel_table.table(document["kernels"])]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparsify.evals import tuning
+from sparsify.evals import tile_measure, tile_search, tuning
 from sparsify.evals.gpu_timing import Call, Turn
 from sparsify.kernels.gpu.tiles import Tile, read_table, ruled_tile
 
@@ -32,10 +32,10 @@ class HostTimer:
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "GraphTimer", HostTimer)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    limits = tuning.Limits(1, 1 << 16)
-    monkeypatch.setattr(tuning.Limits, "of", lambda device: limits)
-    monkeypatch.setitem(tuning._FIRST, True, 2)
-    monkeypatch.setattr(tuning, "CROSSOVER_DENSITIES", (0.1, 0.5))
+    limits = tile_search.Limits(1, 1 << 16)
+    monkeypatch.setattr(tile_search.Limits, "of", lambda device: limits)
+    monkeypatch.setitem(tile_search._FIRST, True, 2)
+    monkeypatch.setattr(tile_measure, "CROSSOVER_DENSITIES", (0.1, 0.5))
     about = tuning.about(torch.device("cpu")) | {"device": "Test GPU"}
     monkeypatch.setattr(tuning, "about", lambda device: about)
 

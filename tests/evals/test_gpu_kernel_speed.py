@@ -1,7 +1,6 @@
 """The table of the GPU kernels: complete, consistent, and no times for kernels that are wrong. Times are made up."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,47 +14,24 @@ pytest.importorskip("triton")
 
 from sparsify.errors import SparsifyError
 from sparsify.evals import gpu_kernel_speed as module
-from sparsify.evals.gpu_kernel_speed import (
-    MODELS,
-    Bench,
-    Block,
-    kernel_speed,
-    load_teal,
-    low_rank_speed,
-    main,
-    mlp_speed,
-    site_speed,
-    table,
-    teal_speed,
-)
-from sparsify.evals.gpu_timing import Call, DeviceCopy, Site, Turn
+from sparsify.evals import teal_kernel
+from sparsify.evals.gpu_bench import Bench
+from sparsify.evals.gpu_kernel_speed import MODELS, Block, kernel_speed, low_rank_speed, main, mlp_speed, site_speed
+from sparsify.evals.gpu_kernel_table import table
+from sparsify.evals.gpu_timing import Site
 from sparsify.kernels.gpu import site as site_module
-from sparsify.kernels.gpu.tiles import RULES
 
-CPU = torch.device("cpu")
+WriteTeal = Callable[..., Path]
 BLOCK = Block(hidden=32, queries=32, keys=16, neurons=64)
 OUTPUTS = Site("o", 128, (64,))
-SPARSITIES = (0.0, 0.5)
-
-
-def rising() -> Callable[..., Turn]:
-    """A timer that calls nothing: the first turn takes 1 ms, the second 2 ms, and so on."""
-    made: list[object] = []
-
-    def timer(call: Call, copies: int, *, calls: int = 64) -> Turn:
-        made.append(call)
-        seconds = 1e-3 * len(made)
-        return lambda: [seconds, seconds]
-
-    return timer
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(cpu_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench on the CPU, with a model of 32 channels and R-Sparse at rank 2."""
     monkeypatch.setitem(MODELS, "tiny", BLOCK)
     monkeypatch.setattr(module, "RANK", 2)
-    return Bench(CPU, rising(), DeviceCopy(CPU, cache=0, least=1000), 0, RULES, 2, SPARSITIES)
+    return cpu_bench
 
 
 def side(found: dict[str, Any], form: str, sparsity: float) -> dict[str, Any]:
@@ -152,58 +128,20 @@ def test_the_mlp_as_a_whole(bench: Bench, dtype: torch.dtype) -> None:
     assert side(found, "torch", 0.0)["bytes"] == 32 * 64 * 3 * dtype.itemsize
 
 
-def write_teal(folder: Path, body: str) -> Path:
-    """A checkout with TEAL's layout and import, and a product of our own."""
-    (folder / "kernels").mkdir()
-    (folder / "kernels" / "sparse_gemv.py").write_text(
-        "import sys\nimport torch\nsys.path.append('/nowhere')\nfrom compile_wrapper import BaseKernel\n"
-        f"def splitk_sparse_gemv(x, weight, threshold, sparsity_bin):\n    {body}\n"
-        "class SparseGEMV(BaseKernel):\n    pass\n"
-    )
-    return folder
-
-
-RIGHT = "return torch.where(x.float().abs() > threshold, x, 0).float() @ weight.t().float()"
-
-
-def test_teal_beside_ours(bench: Bench, tmp_path: Path) -> None:
-    before = list(sys.path), set(sys.modules)
-    teal = load_teal(write_teal(tmp_path, f"assert weight.stride(1) > 1 and 40 <= sparsity_bin <= 60\n    {RIGHT}"))
-    assert (list(sys.path), set(sys.modules)) == before
-    found = teal_speed(bench, Site("down", 128, (32, 64), gated=True), teal)
-    assert {s["form"] for s in found["sides"]} == {"masked", "indexed", "TEAL"}
-    assert {s["sparsity"] for s in found["sides"]} == {0.4, 0.5, 0.6}
-    # Turns three to nine are of 50 and 60%.
-    assert side(found, "masked", 0.5)["over_teal"]["median"] == pytest.approx(6 / 4)
-    assert side(found, "TEAL", 0.6)["over_teal"]["median"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [("raise RuntimeError('no such GPU')", "RuntimeError: no such GPU"), ("return 0 * x @ weight.t()", "wrong by 1.0")],
-)
-def test_a_failure_of_teal_is_recorded(bench: Bench, tmp_path: Path, body: str, words: str) -> None:
-    found = teal_speed(bench, OUTPUTS, load_teal(write_teal(tmp_path, body)))
-    assert side(found, "TEAL", 0.5)["problem"].startswith(words)
-    assert side(found, "masked", 0.5)["over_teal"] is None
-    assert side(found, "masked", 0.5)["ms"]["median"] > 0
-
-
-def test_a_folder_without_teal(tmp_path: Path) -> None:
-    with pytest.raises(SparsifyError, match=r"there is no kernels/sparse_gemv\.py; give a checkout of TEAL"):
-        load_teal(tmp_path)
-
-
 def test_the_whole_document(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Bench,
+    write_teal: WriteTeal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     saved, activations = tmp_path / "kernels.json", tmp_path / "x.safetensors"
     save_file({"qkv": torch.randn(3, 32), "down": torch.randn(3, 2, 64)}, activations)
     monkeypatch.setattr(module, "_bench", lambda args: bench)
     # Of TEAL's three sparsities one is enough here.
-    monkeypatch.setattr(module, "TEAL_SPARSITIES", (0.5,))
+    monkeypatch.setattr(teal_kernel, "TEAL_SPARSITIES", (0.5,))
     flags = ["--model", "tiny", "--dtype", "float16", "--activations", str(activations), "--save", str(saved)]
-    assert main([*flags, "--teal", str(write_teal(tmp_path, RIGHT))]) == 0
+    assert main([*flags, "--teal", str(write_teal())]) == 0
     said = capsys.readouterr()
     document = json.loads(saved.read_text())
     assert said.out == table(document) + "\n"
