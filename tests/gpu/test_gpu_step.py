@@ -29,7 +29,9 @@ _METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _compared(model: PreTrainedModel, batch: int, *, run_dense: bool = False, steps: int = _STEPS) -> float:
+def _compared(
+    model: PreTrainedModel, batch: int, *, run_dense: bool = False, steps: int = _STEPS, cache_difference: float = 1e-4
+) -> float:
     """Returns the worst relative difference of the steps' logits to transformers', both fed the same tokens."""
     forward: Any = type(model).forward
     ids = torch.randint(3, model.config.vocab_size, (batch, _PROMPT + steps), device=model.device)
@@ -46,17 +48,19 @@ def _compared(model: PreTrainedModel, batch: int, *, run_dense: bool = False, st
             out = forward(model, input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
             expected = out.logits[:, -1]
             worst = max(worst, float((found - expected).norm() / expected.norm()))
-        _same_cache(step, cache, _PROMPT + steps)
+        assert _cache_difference(step, cache, _PROMPT + steps) < cache_difference
     return worst
 
 
-def _same_cache(step: GpuStep, cache: Any, length: int) -> None:
+def _cache_difference(step: GpuStep, cache: Any, length: int) -> float:
+    """The largest distance of a key or value, one head of one token, over the length of the longest."""
+    worst = 0.0
     for number, layer in enumerate(cache.layers):
         held = layer.keys.shape[-2]
         for ours, theirs in ((step.keys[number], layer.keys), (step.values[number], layer.values)):
-            found = ours[:, :, length - held : length].float()
-            # One token at another place, or one half of a head, would be as far away as it is long.
-            assert float((found - theirs.float()).norm(dim=-1).max() / theirs.float().norm(dim=-1).max()) < 0.05
+            found, expected = ours[:, :, length - held : length].float(), theirs.float()
+            worst = max(worst, float((found - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()))
+    return worst
 
 
 @pytest.mark.parametrize("method", list(_METHODS))
@@ -111,8 +115,9 @@ def test_sparsity_switched_off(batch: int, make_model: MakeModel) -> None:
 def test_half_precision(dtype: torch.dtype, make_model: MakeModel) -> None:
     # Masks hang on how their inputs were rounded, so a sparse model is held to less: the interpreter truncates to bf16.
     tolerance = 0.05 if dtype == torch.bfloat16 else 0.01
-    assert _compared(make_model("llama", None, dtype), 1) < tolerance
-    assert _compared(make_model("llama", sparsify.Teal(sparsity=0.3), dtype), 1) < 3 * tolerance
+    assert _compared(make_model("llama", None, dtype), 1, cache_difference=tolerance) < tolerance
+    model = make_model("llama", sparsify.Teal(sparsity=0.3), dtype)
+    assert _compared(model, 1, cache_difference=0.3) < 3 * tolerance
 
 
 def test_a_block_that_is_partly_converted(make_model: MakeModel) -> None:
