@@ -250,5 +250,6 @@ def _describe(
         left_dense=list(targets.left_dense),
         calibration=CalibrationEntry(**calibration.fingerprint),
         linears=entries,
+        allocation=allocation.name,
     )
     attach(model, config)

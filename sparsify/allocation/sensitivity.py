@@ -29,14 +29,12 @@ from sparsify.trial import Call, Trial, dense_log_probabilities, evaluating, inp
 SUMMARY = "bytes where they lower the KL to the dense model most, by gradients in the sparse model"
 PAPER = "ours; docs/allocation.md"
 
-# Share of a linear's channels, around its threshold, over which the value of a byte is averaged.
-_BAND = 0.2
 # How much of the sums of a step is kept in the next.
 _MEMORY = 0.8
 # Exponent of a step, before and after the share of steps after which it is smaller and shares are averaged.
 _RATE, _LATE_RATE, _LATE = 0.15, 0.06, 0.6
 # Tokens and gradients with which candidates of a linear are compared.
-_TOKENS, _GRADIENTS = 2048, 256
+_TOKENS, _GRADIENTS = 512, 256
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,7 @@ class _Search:
 
             return see
 
-        for _ in range(2):
-            self._measure(observe)
+        self._measure(observe)
         for name, options in offers.items():
             self.kinds[name] = options[errors[name].index(min(errors[name]))]
 
@@ -175,12 +172,9 @@ class _Search:
         self.fill({n: self.shares[n] * math.exp(rate * (r - 1.0) / (1.0 + r / 2)) for n, r in ratios.items()})
 
     def _near_threshold(self, name: str, score: Tensor) -> Tensor:
-        """Returns the channels [T, I] within half a band of the threshold on either side, narrower near the ends."""
-        placed = self.trial.placed[name]
-        density, histogram = placed.candidate.density, placed.histogram
-        assert histogram is not None
-        half = min(_BAND / 2, density / 2, max(1.0 - density, 0.02))
-        return (score > histogram.threshold(density + half)) & (score <= histogram.threshold(density - half))
+        """Returns the channels [T, I] near the threshold."""
+        low, high = self.trial.placed[name].band()
+        return (score > low) & (score <= high)
 
     def _measure(self, observe: Callable[[str, Call], Callable[[Tensor], None]]) -> None:
         """Runs the candidates of now, forward and backward, on the next windows."""
