@@ -122,8 +122,8 @@ def convert(
     given = {
         "model": model, "out": out, "method": method, "sparsity": sparsity, "allocation": allocation,
         "rho": parse_rho(rho), "score": score, "recipe": recipe, "calibration": calibration, "sequences": sequences,
-        "seq_len": seq_len, "prefill": prefill, "dtype": dtype, "device": device, "seed": seed, "eval_windows": eval_windows,
-        "trust_remote_code": trust_remote_code,
+        "seq_len": seq_len, "prefill": prefill, "dtype": dtype, "device": device, "seed": seed,
+        "eval_windows": eval_windows, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     output = Output(format, save)
     base = ConvertSettings.from_yaml(config) if config is not None else _DEFAULTS

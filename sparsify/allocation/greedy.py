@@ -95,24 +95,21 @@ class _Block:
         sparsities = dict.fromkeys(self.sizes, 0.0)
         for name in sparsities:
             self._place(name, 0.0)
+        highest = {name: min(most, 1.0 - self.least[name]) for name in self.sizes}
         remaining = target * block_bytes
         while remaining > 1e-9 * block_bytes:
             taken = min(step * block_bytes, remaining)
-            trials: dict[str, tuple[float, float]] = {}
-            for name, size in self.sizes.items():
-                highest = min(most, 1.0 - self.least[name])
-                raised = min(sparsities[name] + taken / size, highest)
-                if raised > sparsities[name]:
-                    self._place(name, raised)
-                    trials[name] = (self._error(), raised)
-                    self._place(name, sparsities[name])
+            raised = {name: sparsities[name] + taken / size for name, size in self.sizes.items()}
+            trials = {name: value for name, value in raised.items() if value <= highest[name]}
             if not trials:
-                raise SparsifyError(
-                    f"no linear of a block can go on: sparsity {target} is too high for allocation greedy"
-                )
-            best = min(trials, key=lambda name: trials[name][0])
-            remaining -= (trials[best][1] - sparsities[best]) * self.sizes[best]
-            sparsities[best] = trials[best][1]
+                # Only parts of a step are left.
+                trials = {name: highest[name] for name in raised if highest[name] > sparsities[name]}
+            if not trials:
+                raise SparsifyError(f"sparsity {target} is too high for allocation greedy: use uniform or sensitivity")
+            errors = {name: self._error_with(name, sparsities[name], value) for name, value in trials.items()}
+            best = min(errors, key=lambda name: errors[name])
+            remaining -= (trials[best] - sparsities[best]) * self.sizes[best]
+            sparsities[best] = trials[best]
             self._place(best, sparsities[best])
         return sparsities
 
@@ -151,6 +148,13 @@ class _Block:
         self.trial.place({name: candidate})
         placed = self.trial.placed[name]
         placed.calibrate(placed.scores(self.inputs[name]))
+
+    def _error_with(self, name: str, now: float, tried: float) -> float:
+        """Returns the block's error with one linear at another sparsity, and puts it back."""
+        self._place(name, tried)
+        error = self._error()
+        self._place(name, now)
+        return error
 
     def _error(self) -> float:
         """Returns the mean over tokens of ‖F(x) − F̂(x)‖₂, the norm over the hidden dimension."""

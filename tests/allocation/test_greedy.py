@@ -56,7 +56,7 @@ def transcribed(model: PreTrainedModel, index: int, tokens: Tensor) -> dict[str,
 
 
 def test_it_is_the_papers_algorithm(tiny_llama: PreTrainedModel, tiny_calibration: Calibration) -> None:
-    # Attention's linears are too small for steps of an eighth of a block; one wide enough for two steps each.
+    # k and v are too small for a step of an eighth of the block; the others have room for one or more.
     expected = {}
     for index in range(2):
         expected |= transcribed(tiny_llama, index, tiny_calibration.tokens[0])
@@ -86,8 +86,8 @@ def test_a_linear_that_does_not_matter_goes_first(tiny_llama: PreTrainedModel, t
     sparsify.convert(tiny_llama, Teal(sparsity=0.3), tiny_calibration, allocation=Greedy(step=0.02, windows=1))
     entries = tiny_llama.config.quantization_config.linears
     attention = [entries[f"model.layers.0.self_attn.{p}_proj"].sparsity for p in "qkvo"]
-    # Until it has the most that a linear may get: nothing before or in a silenced attention shows in the output.
-    assert min(attention) > 0.7
+    # Nothing in a silenced attention shows in the output.
+    assert min(attention) > 0.5
     assert max(entries[f"model.layers.0.mlp.{p}_proj"].sparsity for p in ("gate", "up", "down")) < 0.3
 
 
