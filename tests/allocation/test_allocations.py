@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import sparsify
 from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina
@@ -144,3 +144,13 @@ def test_a_recipe_and_an_allocation_are_one_too_many(
 def test_bad_options_are_refused(allocation: type, options: dict[str, float], message: str) -> None:
     with pytest.raises(SparsifyError, match=message):
         allocation(**options)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS[1:], ids=lambda allocation: allocation.name)
+def test_linears_stored_transposed_and_with_biases(tiny_calibration: Calibration, allocation: Allocation) -> None:
+    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sparsify.convert(model, Wina(sparsity=0.5), tiny_calibration, allocation=allocation)
+    assert sparsify.ledger_of(model).weighted_sparsity == pytest.approx(0.5, abs=1e-6)
+    sparsities = {entry.sparsity for entry in model.config.quantization_config.linears.values()}
+    assert len(sparsities) > 1
