@@ -16,7 +16,7 @@ model are not used: they do not see how errors add up. Not covered: a guarantee 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,24 +88,18 @@ class _Value:
     count: float = 0.0
 
 
-@dataclass
 class _Search:
     """The shares of now, the kind of candidate that each linear prefers, and the calibration windows still to use."""
 
-    problem: Problem
-    batch: int
-    shares: dict[str, float] = field(default_factory=dict)
-    kinds: dict[str, Candidate] = field(default_factory=dict)
-    values: dict[str, _Value] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        uniform = 1.0 - self.problem.method.sparsity
-        names = list(self.problem.shapes)
-        self.least = self.problem.least_shares()
-        self.shares = dict.fromkeys(names, uniform)
-        self.kinds = {name: self.problem.offers(name, uniform)[0] for name in names}
-        self.values = {name: _Value() for name in names}
-        self.trial = Trial(self.problem.model, self.problem.linears)
+    def __init__(self, problem: Problem, batch: int) -> None:
+        uniform = 1.0 - problem.method.sparsity
+        self.problem = problem
+        self.batch = batch
+        self.least = problem.least_shares()
+        self.shares = dict.fromkeys(problem.shapes, uniform)
+        self.kinds = {name: problem.offers(name, uniform)[0] for name in problem.shapes}
+        self.values = {name: _Value() for name in problem.shapes}
+        self.trial = Trial(problem.model, problem.linears)
         self.generator = torch.Generator().manual_seed(0)
         self.queue: list[int] = []
 
@@ -184,7 +178,13 @@ class _Search:
         with self.trial.calibrating():
             dense = dense_log_probabilities(self.problem.model, tokens)
         with self.trial.running(), input_gradients(self.problem.model), torch.enable_grad():
-            kl_divergence(self.problem.model, tokens, dense).backward()  # type: ignore[no-untyped-call]
+            loss = kl_divergence(self.problem.model, tokens, dense)
+            if not bool(loss.isfinite()):
+                raise SparsifyError(
+                    "the logits of the sparse model are not finite on the calibration text, so no allocation can be "
+                    "measured: check the model in this dtype, or load it in another (--dtype)"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def _next_windows(self) -> Tensor:
         tokens = self.problem.calibration.tokens

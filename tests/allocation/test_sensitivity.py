@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import sparsify
-from sparsify import Calibration, RSparse, Teal, Wina
+from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina
 from sparsify.allocation.sensitivity import Sensitivity
 from sparsify.conversion import _prepare
 from sparsify.methods import Method
@@ -68,6 +68,15 @@ def test_progress_is_told(tiny_llama: PreTrainedModel, tiny_calibration: Calibra
         progress=lambda *stage: seen.append(stage),
     )  # fmt: skip
     assert [entry for entry in seen if entry[0] == "allocate"] == [("allocate", done, 4) for done in (1, 2, 3, 4)]
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_llama: PreTrainedModel, tiny_calibration: Calibration) -> None:
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[5, 5] = float("inf")
+    with pytest.raises(SparsifyError, match="logits of the sparse model are not finite"):
+        sparsify.convert(tiny_llama, Teal(sparsity=0.5), tiny_calibration, allocation="sensitivity")
+    assert "forward" not in vars(tiny_llama.model.layers[0].mlp.up_proj)
+    assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
 
 
 def trial_of(model: PreTrainedModel, method: Method, tokens: torch.Tensor) -> Trial:
