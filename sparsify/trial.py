@@ -151,12 +151,10 @@ class Trial:
         def forward(x: Tensor) -> Tensor:
             threshold = torch.tensor(placed.threshold, device=x.device)
             tensors = SparseTensors(linear.weight, bias, threshold, placed.scale, placed.lr_a, placed.lr_b)
-            y = sparse_linear(x, tensors)
+            with torch.no_grad():
+                y = sparse_linear(x, tensors)
             if torch.is_grad_enabled() and x.requires_grad:
-                # Straight through: a moved input also crosses thresholds, which the derivative of x ⊙ keep leaves out.
-                # With that derivative gradients came out 7 times too small after five blocks (docs/allocation.md).
-                surrogate = F.linear(x, linear.weight)
-                y = y.detach() + (surrogate - surrogate.detach())
+                y = _StraightThrough.apply(x, y, linear.weight)  # type: ignore[no-untyped-call]
             if self.observer is not None and y.requires_grad:
                 call = Call(x.detach().reshape(-1, x.shape[-1]), placed.scores(x))
                 see_gradient = self.observer(name, call)
@@ -168,6 +166,24 @@ class Trial:
             return y
 
         return forward
+
+
+class _StraightThrough(torch.autograd.Function):
+    """y forward, the dense linear's gradient backward: ∂L/∂x = (∂L/∂y) W.
+
+    A moved input also crosses thresholds, which the derivative of x ⊙ keep leaves out: with that derivative, gradients
+    came out 7 times too small after five blocks (docs/allocation.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight, None, None
 
 
 @contextmanager
