@@ -142,9 +142,10 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     console.print(totals_table(result["ledger"]))
     print_left_dense(console, result["ledger"]["left_dense"])
     about = result["calibration"]
+    allocation = "" if result["allocation"] == "uniform" else f", allocation {result['allocation']}"
     console.print(
-        f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}, calibrated on {about['sequences']} × "
-        f"{about['seq_len']} tokens of {about['source']}. Low rank pays in {result['low_rank_linears']} of "
+        f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}{allocation}, calibrated on "
+        f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in {result['low_rank_linears']} of "
         f"{result['ledger']['linears']} linears. Output error: mean {percent(result['mean_error'])}, worst "
         f"{percent(result['worst_error']['error'])} ({result['worst_error']['linear']}).",
         markup=False,
