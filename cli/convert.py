@@ -145,8 +145,8 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     allocation = "" if result["allocation"] == "uniform" else f", allocation {result['allocation']}"
     console.print(
         f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}{allocation}, calibrated on "
-        f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in {result['low_rank_linears']} of "
-        f"{result['ledger']['linears']} linears. Output error: mean {percent(result['mean_error'])}, worst "
+        f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in "
+        f"{result['low_rank_linears']} of {result['ledger']['linears']} linears. Output error: mean {percent(result['mean_error'])}, worst "
         f"{percent(result['worst_error']['error'])} ({result['worst_error']['linear']}).",
         markup=False,
     )
