@@ -147,7 +147,8 @@ def _render(console: Console, result: dict[str, Any]) -> None:
         f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}{allocation}, calibrated on "
         f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in "
         f"{result['low_rank_linears']} of {result['ledger']['linears']} linears. Output error: mean "
-        f"{percent(result['mean_error'])}, worst {percent(result['worst_error']['error'])} ({result['worst_error']['linear']}).",
+        f"{percent(result['mean_error'])}, worst {percent(result['worst_error']['error'])} "
+        f"({result['worst_error']['linear']}).",
         markup=False,
     )
     measured = result["measured"]
