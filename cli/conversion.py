@@ -29,13 +29,13 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     With dry_run, nothing is calibrated or written, and `out` may be left out.
     """
     from sparsify import checkpoint, conversion, models
-    from sparsify.allocation import get_allocation
+    from sparsify.allocation import allocation_of
     from sparsify.ledger import ledger_of
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
     method = _configure(settings)
-    allocation = get_allocation(settings.allocation)
+    allocation = allocation_of(settings.allocation, method)
     out = _check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
     spec = _check_model(settings.model)

@@ -40,7 +40,7 @@ def convert(
         str | None,
         typer.Option(
             help="How the budget is spent over the linears: uniform, greedy (TEAL's) or sensitivity (by gradients).",
-            show_default=_DEFAULTS.allocation,
+            show_default="sensitivity for auto, uniform for every other method",
         ),
     ] = None,
     rho: Annotated[
@@ -117,7 +117,7 @@ def convert(
     the conversion.
 
     [dim]$[/] sparsify convert reference --sparsity 0.5 --out reference-50
-    [dim]$[/] sparsify convert llama-3-8b --rho 0.95 --calibration wikitext2 --out l3-50
+    [dim]$[/] sparsify convert llama-3-8b --method rsparse --rho 0.95 --calibration wikitext2 --out l3-50
     """
     given = {
         "model": model, "out": out, "method": method, "sparsity": sparsity, "allocation": allocation,

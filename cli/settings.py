@@ -21,9 +21,9 @@ class ConvertSettings:
 
     model: str | None = None
     out: str | None = None
-    method: str = "rsparse"
+    method: str = "auto"
     sparsity: float = 0.5
-    allocation: str = "uniform"
+    allocation: str | None = None
     rho: int | float | str | None = None
     score: str | None = None
     recipe: str | None = None

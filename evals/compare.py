@@ -121,9 +121,10 @@ def parse_method(label: str, sparsity: float) -> Method:
     return get_method(name).configure(sparsity=sparsity, **options)
 
 
-def parse_allocation(label: str) -> Allocation:
-    """Returns the allocation that a label names after its "@"; uniform where it names none."""
-    return get_allocation(label.partition("@")[2] or "uniform")
+def parse_allocation(label: str) -> Allocation | None:
+    """Returns the allocation that a label names after its "@"; None, the method's own, where it names none."""
+    name = label.partition("@")[2]
+    return get_allocation(name) if name else None
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:

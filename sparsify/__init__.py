@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsify.errors import UnavailableError as UnavailableError
     from sparsify.ledger import Ledger as Ledger
     from sparsify.ledger import ledger_of as ledger_of
+    from sparsify.methods.auto import Auto as Auto
     from sparsify.methods.rsparse import RSparse as RSparse
     from sparsify.methods.teal import Teal as Teal
     from sparsify.methods.wina import Wina as Wina
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Calibration": "sparsify.calibration",
     "CheckpointError": "sparsify.errors",
     "Ledger": "sparsify.ledger",
+    "Auto": "sparsify.methods.auto",
     "RSparse": "sparsify.methods.rsparse",
     "SparsifyConfig": "sparsify.config",
     "SparsifyError": "sparsify.errors",

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify import __version__
-from sparsify.allocation import Allocation, Choices, Problem, get_allocation
+from sparsify.allocation import Allocation, Choices, Problem, allocation_of
 from sparsify.budget import Candidate, LinearShape, Score
 from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
@@ -51,12 +51,13 @@ def convert(
     method: Method,
     calibration: Calibration,
     *,
-    allocation: Allocation | str = "uniform",
+    allocation: Allocation | str | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Converts the model in place and returns it; its weights are kept, not copied.
 
-    allocation: how the budget is spent over the linears, by name or with its own options (sparsify.allocation).
+    allocation: how the budget is spent over the linears, by name or with its own options (sparsify.allocation); None
+    for the method's own, which is uniform for all but auto.
 
     The linears of its blocks become sparse layers, and model.config.quantization_config a SparsifyConfig.
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
@@ -67,7 +68,7 @@ def convert(
     shapes = linear_shapes(model, targets)
     method = method.bind(shapes)
     linears = _prepare(model, targets, shapes)
-    chooser = get_allocation(allocation) if isinstance(allocation, str) else allocation
+    chooser = allocation_of(allocation, method)
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
     fits = _fit(model, linears, choices, calibration, progress)
     _measure_errors(model, linears, fits, calibration, progress)

@@ -92,6 +92,13 @@ def get_allocation(name: str) -> Allocation:
     return known[name].config_class()
 
 
+def allocation_of(asked: Allocation | str | None, method: Method) -> Allocation:
+    """Returns the allocation that is asked for; for None the method's own default, uniform where it has none."""
+    if asked is None:
+        asked = str(getattr(method, "default_allocation", "uniform"))
+    return get_allocation(asked) if isinstance(asked, str) else asked
+
+
 def nearest(options: tuple[Candidate, ...], kind: Candidate) -> Candidate:
     """Returns the option with the score of kind and the nearest rho; any score where none has that one."""
     same = [option for option in options if option.score == kind.score] or list(options)

@@ -52,9 +52,10 @@ class MethodInfo:
         """Returns the configured method. Raises SparsifyError for an option that it does not take or is missing."""
         for option in options:
             if option not in self.options:
+                others = [name for name, info in available().items() if option in info.options]
+                hint = f" {', '.join(others)} does." if others else suggest(option, self.options)
                 raise SparsifyError(
-                    f"method {self.name} takes no option {option!r}: it takes {', '.join(self.options)}."
-                    f"{suggest(option, self.options)}"
+                    f"method {self.name} takes no option {option!r}: it takes {', '.join(self.options)}.{hint}"
                 )
         for field in fields(self.config_class):
             if field.name not in options and field.default is MISSING and field.default_factory is MISSING:

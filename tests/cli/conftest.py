@@ -77,7 +77,7 @@ def quick(text_file: Path) -> list[str]:
 def checkpoint(app: typer.Typer, dense_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model converted with R-Sparse at 50% and some low rank; to be read only."""
     out = tmp_path_factory.mktemp("converted") / "tiny-50"
-    flags = f"--rho 0.8 --calibration {text_file} --sequences 4 --seq-len 32 --eval-windows 2".split()
+    flags = f"--method rsparse --rho 0.8 --calibration {text_file} --sequences 4 --seq-len 32 --eval-windows 2".split()
     result = CliRunner().invoke(app, ["convert", str(dense_model), "--out", str(out), *flags, "--format", "json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["out"] == str(out)

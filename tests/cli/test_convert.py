@@ -69,7 +69,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
 def test_a_recipe_is_followed(run: Run, dense_model: Path, tmp_path: Path, quick: list[str]) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"model.layers.0.self_attn.q_proj": {"sparsity": 0.25, "rho": 0.5}}))
-    result = run("convert", dense_model, "--out", tmp_path / "o", "--recipe", recipe, *quick)
+    result = run("convert", dense_model, "--out", tmp_path / "o", "--method", "rsparse", "--recipe", recipe, *quick)
     assert result.exit_code == 0, result.output
     entries = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]["linears"]
     assert entries["model.layers.0.self_attn.q_proj"]["rho"] == 0.5

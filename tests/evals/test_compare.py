@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparsify.allocation import get_allocation
 from sparsify.errors import SparsifyError
 from sparsify.evals import compare
 from sparsify.evals.compare import Settings, Subject, main, parse_allocation, parse_method, read_cells, run
@@ -47,7 +48,8 @@ def test_labels_become_methods() -> None:
     assert parse_method("rsparse:rho=0.9,score=magnitude", 0.4) == RSparse(0.4, rho=0.9, score="magnitude")
     assert parse_method("rsparse:rho=auto", 0.4) == RSparse(0.4)
     assert parse_method("rsparse:rho=0.9@greedy", 0.4) == RSparse(0.4, rho=0.9)
-    assert [parse_allocation(label).name for label in ("teal", "teal@greedy")] == ["uniform", "greedy"]
+    assert parse_allocation("teal") is None
+    assert parse_allocation("teal@greedy") == get_allocation("greedy")
     with pytest.raises(SparsifyError, match="unknown allocation 'greed'"):
         parse_allocation("teal@greed")
     with pytest.raises(SparsifyError, match="Did you mean 'teal'"):

@@ -1,0 +1,44 @@
+"""The default: what measured best, with no knobs. Not a method of a paper, but a choice among those that are here.
+
+Each linear's score (magnitude, column norm, residual norm), its rank and its share of the bytes are chosen together by
+the allocation `sensitivity`, on calibration text, in the model that is sparse already. Left out because they did not
+help: thresholds from the sparse model's own activations, mean compensation, learned scales (docs/allocation.md).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from sparsify.budget import Candidate, LinearShape, check_share
+from sparsify.methods.rsparse import RSparse
+
+SUMMARY = "score, rank and share of each linear by their value in the sparse model: the default"
+PAPER = "ours; docs/allocation.md"
+
+
+@dataclass(frozen=True)
+class Auto:
+    """auto at one sparsity (share of all linears' weight bytes that a token does not touch)."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity, one_allowed=False)
+
+    @property
+    def name(self) -> str:
+        return "auto"
+
+    @property
+    def default_allocation(self) -> str:
+        """The allocation where a conversion asks for none: what makes this method's choices."""
+        return "sensitivity"
+
+    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
+        return self
+
+    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
+        return RSparse(self.sparsity, rho="auto", score="auto").candidates(name, shape)
+
+
+METHOD = Auto
