@@ -6,14 +6,16 @@ help: thresholds from the sparse model's own activations, mean compensation, lea
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from sparsify.budget import Candidate, LinearShape, check_share
+from sparsify.methods.rsparse import FACTS as RSPARSE_FACTS
 from sparsify.methods.rsparse import RSparse
 
 SUMMARY = "score, rank and share of each linear by their value in the sparse model: the default"
 PAPER = "ours; docs/allocation.md"
+FACTS = replace(RSPARSE_FACTS, rule="fixed threshold; a low-rank product for what is below it, where that pays")
 
 
 @dataclass(frozen=True)
