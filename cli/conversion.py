@@ -29,11 +29,13 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     With dry_run, nothing is calibrated or written, and `out` may be left out.
     """
     from sparsify import checkpoint, conversion, models
+    from sparsify.allocation import get_allocation
     from sparsify.ledger import ledger_of
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
     method = _configure(settings)
+    allocation = get_allocation(settings.allocation)
     out = _check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
     spec = _check_model(settings.model)
@@ -42,7 +44,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     if dry_run or out is None:
         check_budgets(model, method)
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
-    conversion.convert(model, method, calibration, progress=progress)
+    conversion.convert(model, method, calibration, allocation=allocation, progress=progress)
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill
     set_prefill(model, settings.prefill)
@@ -160,6 +162,7 @@ def _describe(config: "SparsifyConfig") -> dict[str, Any]:
     return {
         "method": config.method,
         "method_config": config.method_config,
+        "allocation": config.allocation,
         "prefill": config.prefill,
         "calibration": asdict(config.calibration),
         "low_rank_linears": sum(entry.rank > 0 for entry in entries.values()),

@@ -32,8 +32,15 @@ def convert(
     sparsity: Annotated[
         float | None,
         typer.Option(
-            help="Share of each linear's bytes that a token must not touch, in [0, 1).",
+            help="Share of the linears' bytes that a token must not touch, in [0, 1).",
             show_default=str(_DEFAULTS.sparsity),
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How the budget is spent over the linears: uniform, greedy (TEAL's) or sensitivity (by gradients).",
+            show_default=_DEFAULTS.allocation,
         ),
     ] = None,
     rho: Annotated[
@@ -46,7 +53,10 @@ def convert(
     ] = None,
     score: Annotated[
         str | None,
-        typer.Option(help="rsparse: column-norm, magnitude or published-code.", show_default="column-norm"),
+        typer.Option(
+            help="rsparse: column-norm, magnitude, residual-norm, published-code, or auto, the best for each linear.",
+            show_default="column-norm",
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="rsparse: a file of sparsity and rho for each linear.", metavar="FILE")
@@ -110,10 +120,10 @@ def convert(
     [dim]$[/] sparsify convert llama-3-8b --rho 0.95 --calibration wikitext2 --out l3-50
     """
     given = {
-        "model": model, "out": out, "method": method, "sparsity": sparsity, "rho": parse_rho(rho), "score": score,
-        "recipe": recipe, "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill,
-        "dtype": dtype, "device": device, "seed": seed, "eval_windows": eval_windows,
-        "trust_remote_code": trust_remote_code,
+        "model": model, "out": out, "method": method, "sparsity": sparsity, "allocation": allocation,
+        "rho": parse_rho(rho), "score": score, "recipe": recipe, "calibration": calibration, "sequences": sequences,
+        "seq_len": seq_len, "prefill": prefill, "dtype": dtype, "device": device, "seed": seed,
+        "eval_windows": eval_windows, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     output = Output(format, save)
     base = ConvertSettings.from_yaml(config) if config is not None else _DEFAULTS
@@ -132,11 +142,12 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     console.print(totals_table(result["ledger"]))
     print_left_dense(console, result["ledger"]["left_dense"])
     about = result["calibration"]
+    allocation = "" if result["allocation"] == "uniform" else f", allocation {result['allocation']}"
     console.print(
-        f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}, calibrated on {about['sequences']} × "
-        f"{about['seq_len']} tokens of {about['source']}. Low rank pays in {result['low_rank_linears']} of "
-        f"{result['ledger']['linears']} linears. Output error: mean {percent(result['mean_error'])}, worst "
-        f"{percent(result['worst_error']['error'])} ({result['worst_error']['linear']}).",
+        f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}{allocation}, calibrated on "
+        f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in "
+        f"{result['low_rank_linears']} of {result['ledger']['linears']} linears. Output error: mean "
+        f"{percent(result['mean_error'])}, worst {percent(result['worst_error']['error'])} ({result['worst_error']['linear']}).",
         markup=False,
     )
     measured = result["measured"]

@@ -23,6 +23,7 @@ class ConvertSettings:
     out: str | None = None
     method: str = "rsparse"
     sparsity: float = 0.5
+    allocation: str = "uniform"
     rho: int | float | str | None = None
     score: str | None = None
     recipe: str | None = None

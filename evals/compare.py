@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 import sparsify
+from sparsify.allocation import Allocation, get_allocation
 from sparsify.calibration import Calibration
 from sparsify.conversion import convert
 from sparsify.errors import SparsifyError, UnavailableError
@@ -91,6 +92,7 @@ def run(
     settings = settings or Settings()
     for label in methods:
         parse_method(label, 0.5)
+        parse_allocation(label)
     for subject in subjects:
         loaded = _load(subject, settings)
         for label, sparsity in [(DENSE, 0.0), *((m, s) for m in methods for s in sparsities)]:
@@ -105,18 +107,23 @@ def run(
 
 
 def parse_method(label: str, sparsity: float) -> Method:
-    """Returns the method of a label such as "teal" or "rsparse:rho=0.95,score=magnitude" at one sparsity."""
-    name, _, rest = label.partition(":")
+    """Returns the method of a label such as "teal" or "rsparse:rho=0.95,score=magnitude@greedy" at one sparsity."""
+    name, _, rest = label.partition("@")[0].partition(":")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         option, equals, value = part.partition("=")
         if not equals:
-            raise SparsifyError(f"method {label!r} is not of the form NAME[:OPTION=VALUE[,OPTION=VALUE]]")
+            raise SparsifyError(f"method {label!r} is not of the form NAME[:OPTION=VALUE[,OPTION=VALUE]][@ALLOCATION]")
         try:
             options[option] = float(value)
         except ValueError:
             options[option] = value
     return get_method(name).configure(sparsity=sparsity, **options)
+
+
+def parse_allocation(label: str) -> Allocation:
+    """Returns the allocation that a label names after its "@"; uniform where it names none."""
+    return get_allocation(label.partition("@")[2] or "uniform")
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
@@ -186,7 +193,7 @@ def _measure(
     model = load_dense(loaded.subject.model, dtype=settings.dtype)
     if label != DENSE:
         try:
-            convert(model, parse_method(label, sparsity), loaded.calibration)
+            convert(model, parse_method(label, sparsity), loaded.calibration, allocation=parse_allocation(label))
         except UnavailableError:
             raise
         except SparsifyError as error:
@@ -240,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the results file (JSON); cells in it are not redone")
     parser.add_argument("--markdown", type=Path, help="write the table of all cells in --out here")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME[:OPTION=VALUE]")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME[:OPTION=VALUE][@ALLOCATION]")
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--protocols", nargs="+", default=("every-token",))
     parser.add_argument("--seq-len", type=int, default=256)

@@ -5,12 +5,13 @@ half of the dense bytes of the linear's weight, all of these included. Biases ar
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsify.errors import SparsifyError
 
-Score = Literal["magnitude", "column-norm"]
+Score = Literal["magnitude", "column-norm", "residual-norm"]
 
 THRESHOLD_BYTES = 4
 SCALE_BYTES = 4
@@ -50,7 +51,7 @@ class Candidate:
 
     @property
     def scaled(self) -> bool:
-        return self.score == "column-norm"
+        return self.score != "magnitude"
 
 
 def split_budget(name: str, shape: LinearShape, *, sparsity: float, rho: float, score: Score) -> Candidate:
@@ -64,7 +65,7 @@ def split_budget(name: str, shape: LinearShape, *, sparsity: float, rho: float, 
     if sparsity == 0.0:
         # The whole budget in channels is the dense linear, exactly.
         return Candidate(sparsity, 1.0, 0, 1.0, "magnitude")
-    budget = (1.0 - sparsity) * shape.dense_bytes - shape.overhead_bytes(scaled=score == "column-norm")
+    budget = (1.0 - sparsity) * shape.dense_bytes - shape.overhead_bytes(scaled=score != "magnitude")
     if budget <= 0:
         raise SparsifyError(
             f"sparsity {sparsity} leaves {(1 - sparsity) * shape.dense_bytes:.0f} bytes for {name} "
@@ -78,6 +79,27 @@ def split_budget(name: str, shape: LinearShape, *, sparsity: float, rho: float, 
     rank = min(rank, inputs, outputs, math.floor(budget / shape.low_rank_bytes(1)))
     density = (budget - shape.low_rank_bytes(rank)) / shape.dense_bytes
     return Candidate(sparsity, rho, rank, min(density, 1.0), score)
+
+
+def fill_budget(
+    wishes: Mapping[str, float], shapes: Mapping[str, LinearShape], *, sparsity: float, least: Mapping[str, float]
+) -> dict[str, float]:
+    """Returns shares of each linear's dense bytes in proportion to the wishes, which add up to the budget.
+
+    Σ share · dense_bytes = (1 − sparsity) · Σ dense_bytes, least ≤ share ≤ 1, share = wish · c in between with one c
+    for all. Raises SparsifyError where even the least shares cost more than the budget.
+    """
+    dense = {name: shapes[name].dense_bytes for name in wishes}
+    budget = (1.0 - sparsity) * sum(dense.values())
+    if sum(least[name] * dense[name] for name in wishes) > budget:
+        raise SparsifyError(f"sparsity {sparsity} leaves less than the least shares of the linears cost: lower it")
+    low, high = 0.0, max(1.0 / wish for wish in wishes.values())
+    for _ in range(200):
+        c = (low + high) / 2
+        shares = {name: min(1.0, max(least[name], wish * c)) for name, wish in wishes.items()}
+        spent = sum(shares[name] * dense[name] for name in wishes)
+        low, high = (low, c) if spent > budget else (c, high)
+    return shares
 
 
 def check_share(name: str, value: object, *, one_allowed: bool) -> float:

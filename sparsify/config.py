@@ -55,12 +55,14 @@ class _Schema:
     left_dense: list[str]
     calibration: dict[str, Any]
     linears: dict[str, Any]
+    allocation: str = "uniform"
 
 
 class SparsifyConfig(QuantizationConfigMixin):
     """What transformers keeps as `model.config.quantization_config` and writes into config.json.
 
-    linears: LinearEntry by module name, in module order; sites: the names that share an input.
+    linears: LinearEntry by module name, in module order; sites: the names that share an input; allocation: how the
+    budget was spent over the linears.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         left_dense: list[str],
         calibration: CalibrationEntry,
         linears: dict[str, LinearEntry],
+        allocation: str = "uniform",
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.schema_version = SCHEMA_VERSION
@@ -85,6 +88,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.left_dense = left_dense
         self.calibration = calibration
         self.linears = linears
+        self.allocation = allocation
 
     @property
     def sparsity(self) -> float:
@@ -97,6 +101,9 @@ class SparsifyConfig(QuantizationConfigMixin):
         data["linears"] = {
             name: {k: v for k, v in asdict(entry).items() if v is not None} for name, entry in self.linears.items()
         }
+        if self.allocation == "uniform":
+            # Readers that know no other allocation refuse the key.
+            del data["allocation"]
         return data
 
     @classmethod
@@ -128,6 +135,7 @@ class SparsifyConfig(QuantizationConfigMixin):
                 CalibrationEntry, raw.calibration, where=f"{where}.calibration", error=CheckpointError
             ),
             linears={name: _linear_entry(name, entry, where) for name, entry in raw.linears.items()},
+            allocation=raw.allocation,
         )
         if sorted(name for names in config.sites for name in names) != sorted(config.linears):
             raise CheckpointError(f"{where}: sites and linears do not name the same linears")

@@ -1,7 +1,8 @@
-"""The story of a conversion: targets → calibrate → split budgets → fit → choose → swap.
+"""The story of a conversion: targets → allocate → calibrate → fit → choose → swap.
 
-One pass over the calibration text streams score histograms, from which every candidate gets its thresholds; a second
-pass over a part of it measures every candidate's output error, and each linear keeps its best.
+The allocation says which candidates each linear has: with `uniform`, the method's own at its sparsity. One pass over
+the calibration text streams score histograms, from which every candidate gets its threshold; a second pass over a
+part of it measures every candidate's output error, and each linear keeps its best.
 """
 
 from collections.abc import Mapping
@@ -10,22 +11,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify import __version__
+from sparsify.allocation import Allocation, Choices, Problem, get_allocation
 from sparsify.budget import Candidate, LinearShape, Score
 from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask
 from sparsify.linear import SparsitySwitch, make_sparse
-from sparsify.low_rank import LowRank, low_rank
 from sparsify.methods import Method
 from sparsify.models import check_context
 from sparsify.plugin import attach
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
+from sparsify.trial import TargetLinear
 
 # Windows of the calibration text on which candidates are compared.
 _ERROR_WINDOWS = 8
@@ -37,31 +39,24 @@ class _Fit:
 
     candidate: Candidate
     threshold: float
+    scale: Tensor | None
     lr_a: Tensor | None
     lr_b: Tensor | None
     error: float = 0.0
-
-
-@dataclass
-class _Linear:
-    """One target while it is being converted."""
-
-    module: nn.Module
-    site: int
-    column_norm: Tensor
-    candidates: tuple[Candidate, ...]
-    spectrum: LowRank | None = None
     tokens: int = 0
-
-    @property
-    def weight(self) -> Tensor:
-        return dense_weight(self.module)
 
 
 def convert(
-    model: PreTrainedModel, method: Method, calibration: Calibration, *, progress: Progress | None = None
+    model: PreTrainedModel,
+    method: Method,
+    calibration: Calibration,
+    *,
+    allocation: Allocation | str = "uniform",
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Converts the model in place and returns it; its weights are kept, not copied.
+
+    allocation: how the budget is spent over the linears, by name or with its own options (sparsify.allocation).
 
     The linears of its blocks become sparse layers, and model.config.quantization_config a SparsifyConfig.
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
@@ -71,12 +66,14 @@ def convert(
     targets = find_targets(model, calibration.tokens[:1, :8])
     shapes = linear_shapes(model, targets)
     method = method.bind(shapes)
-    linears = _prepare(model, method, targets, shapes)
-    fits = _fit(model, linears, calibration, progress)
+    linears = _prepare(model, targets, shapes)
+    chooser = get_allocation(allocation) if isinstance(allocation, str) else allocation
+    choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
+    fits = _fit(model, linears, choices, calibration, progress)
     _measure_errors(model, linears, fits, calibration, progress)
     chosen = {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
     _swap(model, linears, chosen)
-    _describe(model, method, calibration, targets, linears, chosen)
+    _describe(model, method, chooser, calibration, targets, linears, chosen)
     return model
 
 
@@ -99,86 +96,93 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     check_context(model, tokens.shape[1])
 
 
-def _prepare(
-    model: PreTrainedModel, method: Method, targets: Targets, shapes: Mapping[str, LinearShape]
-) -> dict[str, _Linear]:
+def _prepare(model: PreTrainedModel, targets: Targets, shapes: Mapping[str, LinearShape]) -> dict[str, TargetLinear]:
     sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
     modules = {name: model.get_submodule(name) for name in shapes}
     return {
-        name: _Linear(
-            module=modules[name],
-            site=sites[name],
-            column_norm=dense_weight(modules[name]).detach().double().norm(dim=0).float(),
-            candidates=method.candidates(name, shape),
+        name: TargetLinear(
+            modules[name], sites[name], dense_weight(modules[name]).detach().double().norm(dim=0).float()
         )
-        for name, shape in shapes.items()
+        for name in shapes
     }
 
 
 def _fit(
-    model: PreTrainedModel, linears: Mapping[str, _Linear], calibration: Calibration, progress: Progress | None
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    choices: Choices,
+    calibration: Calibration,
+    progress: Progress | None,
 ) -> dict[str, list[_Fit]]:
-    histograms = _collect(model, linears, calibration, progress)
+    histograms = _collect(model, linears, choices, calibration, progress)
     fits: dict[str, list[_Fit]] = {}
     for index, (name, linear) in enumerate(linears.items()):
-        top = max(candidate.rank for candidate in linear.candidates)
-        linear.spectrum = low_rank(linear.weight, top) if top else None
-        fits[name] = [_fit_candidate(name, linear, c, histograms) for c in linear.candidates]
+        _decompose(linear, choices[name])
+        fits[name] = [_fit_candidate(name, linear, c, histograms) for c in choices[name]]
         if progress is not None:
             progress("fit", index + 1, len(linears))
     return fits
 
 
+def _decompose(linear: TargetLinear, candidates: tuple[Candidate, ...]) -> None:
+    """Makes the largest rank's factors, of which those of smaller ranks are parts."""
+    linear.factors(max(candidate.rank for candidate in candidates))
+
+
+# A site for magnitudes, which its linears share; a linear for column norms; a linear and a rank for residual norms.
+_HistogramKey = tuple[Score, str, int]
+
+
 def _collect(
-    model: PreTrainedModel, linears: Mapping[str, _Linear], calibration: Calibration, progress: Progress | None
-) -> dict[tuple[Score, str], ScoreHistogram]:
-    """Runs the calibration text once; a site's linears share its histogram of magnitudes."""
-    histograms: dict[tuple[Score, str], ScoreHistogram] = {}
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    choices: Choices,
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[_HistogramKey, ScoreHistogram]:
+    """Runs the calibration text once and counts every score that a candidate needs."""
+    histograms: dict[_HistogramKey, ScoreHistogram] = {}
+    scales: dict[str, dict[_HistogramKey, Tensor | None]] = {name: {} for name in linears}
     for name, linear in linears.items():
-        for candidate in linear.candidates:
-            key = _histogram_key(name, linear, candidate.score)
-            histograms.setdefault(key, ScoreHistogram())
-    first: dict[int, str] = {}
-    for name, linear in linears.items():
-        first.setdefault(linear.site, name)
+        if any(candidate.score == "residual-norm" for candidate in choices[name]):
+            _decompose(linear, choices[name])
+        for candidate in choices[name]:
+            key = _histogram_key(name, linear, candidate)
+            if key not in histograms:
+                histograms[key] = ScoreHistogram()
+                scales[name][key] = linear.scale(candidate)
 
     def see(name: str, x: Tensor) -> None:
-        linear = linears[name]
-        shared = histograms.get(("magnitude", str(linear.site)))
-        if shared is not None and first[linear.site] == name:
-            shared.add(x)
-        own = histograms.get(("column-norm", name))
-        if own is not None:
-            own.add(x.float().abs() * linear.column_norm)
+        for key, scale in scales[name].items():
+            histograms[key].add(x if scale is None else x.float().abs() * scale)
 
     with hooked({name: linear.module for name, linear in linears.items()}, see):
         run_batches(model, calibration.tokens, "calibrate", progress)
     return histograms
 
 
-def _histogram_key(name: str, linear: _Linear, score: Score) -> tuple[Score, str]:
-    return (score, str(linear.site) if score == "magnitude" else name)
+def _histogram_key(name: str, linear: TargetLinear, candidate: Candidate) -> _HistogramKey:
+    if candidate.score == "magnitude":
+        return (candidate.score, str(linear.site), 0)
+    return (candidate.score, name, candidate.rank if candidate.score == "residual-norm" else 0)
 
 
 def _fit_candidate(
-    name: str, linear: _Linear, candidate: Candidate, histograms: Mapping[tuple[Score, str], ScoreHistogram]
+    name: str, linear: TargetLinear, candidate: Candidate, histograms: Mapping[_HistogramKey, ScoreHistogram]
 ) -> _Fit:
-    histogram = histograms[_histogram_key(name, linear, candidate.score)]
+    histogram = histograms[_histogram_key(name, linear, candidate)]
     threshold = histogram.threshold(candidate.density)
     if not histogram.finite:
         raise SparsifyError(
             f"the inputs of {name} are not finite on the calibration text, so no threshold can be fitted: "
             "check the model in this dtype, or load it in another (--dtype)"
         )
-    if not candidate.rank or linear.spectrum is None:
-        return _Fit(candidate, threshold, None, None)
-    lr_a, lr_b = linear.spectrum.truncated(candidate.rank)
-    return _Fit(candidate, threshold, lr_a, lr_b)
+    return _Fit(candidate, threshold, linear.scale(candidate), *linear.factors(candidate.rank))
 
 
 def _measure_errors(
     model: PreTrainedModel,
-    linears: Mapping[str, _Linear],
+    linears: Mapping[str, TargetLinear],
     fits: Mapping[str, list[_Fit]],
     calibration: Calibration,
     progress: Progress | None,
@@ -193,10 +197,10 @@ def _measure_errors(
         weight = linear.weight.float()
         x = x.reshape(-1, x.shape[-1])
         size = F.linear(x.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
-        linear.tokens += len(x)
         for fit in fits[name]:
+            fit.tokens += len(x)
             threshold = torch.tensor(fit.threshold, device=x.device)
-            keep = keep_mask(x, threshold, linear.column_norm if fit.candidate.scaled else None)
+            keep = keep_mask(x, threshold, fit.scale)
             dropped = torch.where(keep, 0.0, x).float()
             missing = F.linear(dropped, weight)
             if fit.lr_a is not None and fit.lr_b is not None:
@@ -208,14 +212,14 @@ def _measure_errors(
         run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
 
 
-def _swap(model: PreTrainedModel, linears: Mapping[str, _Linear], chosen: Mapping[str, _Fit]) -> None:
+def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: Mapping[str, _Fit]) -> None:
     switch = SparsitySwitch()
     for name, linear in linears.items():
         fit = chosen[name]
         layer = make_sparse(linear.module, scaled=fit.candidate.scaled, rank=fit.candidate.rank, switch=switch)
         layer.threshold.fill_(fit.threshold)
-        if layer.scale is not None:
-            layer.scale.copy_(linear.column_norm)
+        if layer.scale is not None and fit.scale is not None:
+            layer.scale.copy_(fit.scale)
         if fit.lr_a is not None and fit.lr_b is not None and layer.lr_a is not None and layer.lr_b is not None:
             layer.lr_a.copy_(fit.lr_a)
             layer.lr_b.copy_(fit.lr_b)
@@ -225,15 +229,16 @@ def _swap(model: PreTrainedModel, linears: Mapping[str, _Linear], chosen: Mappin
 def _describe(
     model: PreTrainedModel,
     method: Method,
+    allocation: Allocation,
     calibration: Calibration,
     targets: Targets,
-    linears: Mapping[str, _Linear],
+    linears: Mapping[str, TargetLinear],
     chosen: Mapping[str, _Fit],
 ) -> None:
     entries = {}
     for name, linear in linears.items():
         c = chosen[name].candidate
-        error = chosen[name].error / linear.tokens if linear.tokens else 0.0
+        error = chosen[name].error / max(chosen[name].tokens, 1)
         ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
         entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks)
     config = SparsifyConfig(
@@ -245,5 +250,6 @@ def _describe(
         left_dense=list(targets.left_dense),
         calibration=CalibrationEntry(**calibration.fingerprint),
         linears=entries,
+        allocation=allocation.name,
     )
     attach(model, config)

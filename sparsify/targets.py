@@ -44,7 +44,7 @@ def find_targets(model: PreTrainedModel, tokens: Tensor) -> Targets:
 
     Raises SparsifyError where the model has no decoder blocks or no linears in them.
     """
-    prefix, blocks = _decoder_blocks(model)
+    prefix, blocks = decoder_blocks(model)
     linears = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if is_linear(module)}
     routers = {name for name, module in linears.items() if _is_router(model, module)}
     called = _record_inputs(model, {n: m for n, m in linears.items() if n not in routers}, tokens)
@@ -94,7 +94,8 @@ def is_expert_weight(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
 
 
-def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Returns the module name of the list of decoder blocks, and the list."""
     lists = [
         (name, module)
         for name, module in model.named_modules()

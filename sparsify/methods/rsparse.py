@@ -22,7 +22,7 @@ from sparsify.errors import SparsifyError, suggest
 SUMMARY = "column-norm channels plus a low-rank product for the rest, rho per linear from calibration error"
 PAPER = "Zhang et al. 2025, arXiv 2504.19449"
 
-RhoScore = Literal["column-norm", "magnitude", "published-code"]
+RhoScore = Literal["column-norm", "magnitude", "residual-norm", "published-code", "auto"]
 Recipe = Mapping[str, Mapping[str, float]]
 
 # Equals go to the first: the plain channels need no factors.
@@ -34,7 +34,8 @@ class RSparse:
     """R-Sparse at one sparsity.
 
     rho: share of the budget for channels, in [0, 1], or "auto", chosen per linear. score: the paper's "column-norm",
-    TEAL's "magnitude", or "published-code", which takes the magnitude where rho is 1 as the public code does.
+    TEAL's "magnitude", "residual-norm" (the column norms of W − L, what dropping a channel really costs),
+    "published-code", which takes the magnitude where rho is 1 as the public code does, or "auto", which offers all.
     recipe: a file of per-linear (sparsity, rho) or the mapping {linear: {"sparsity": s, "rho": rho}}; linears that a
     mapping does not name take `sparsity` and `rho`.
     """
@@ -71,10 +72,11 @@ class RSparse:
     def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
         sparsity, rho = self._share(name)
         rhos = RHO_GRID if rho == "auto" else (float(rho),)
-        found: dict[int, Candidate] = {}
+        found: dict[tuple[int, Score], Candidate] = {}
         for value in rhos:
-            candidate = split_budget(name, shape, sparsity=sparsity, rho=value, score=self._score(value))
-            found.setdefault(candidate.rank, candidate)
+            for score in self._scores(value):
+                candidate = split_budget(name, shape, sparsity=sparsity, rho=value, score=score)
+                found.setdefault((candidate.rank, score), candidate)
         return tuple(found.values())
 
     def _share(self, name: str) -> tuple[float, float | str]:
@@ -82,10 +84,15 @@ class RSparse:
             return self.recipe[name]["sparsity"], self.recipe[name]["rho"]
         return self.sparsity, self.rho
 
-    def _score(self, rho: float) -> Score:
+    def _scores(self, rho: float) -> tuple[Score, ...]:
+        if self.score == "auto":
+            # Without a rank the residual is the weight.
+            return ("magnitude", "column-norm") if rho == 1.0 else ("magnitude", "column-norm", "residual-norm")
+        if self.score == "residual-norm":
+            return ("residual-norm",)
         if self.score == "magnitude" or (self.score == "published-code" and rho == 1.0):
-            return "magnitude"
-        return "column-norm"
+            return ("magnitude",)
+        return ("column-norm",)
 
     def _check_ranks(self, shapes: Mapping[str, LinearShape]) -> None:
         if self.rho == "auto" or float(self.rho) == 1.0 or self.recipe is not None or self.sparsity == 0.0:

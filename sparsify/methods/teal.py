@@ -1,6 +1,6 @@
-"""TEAL: keep the channels whose input is large, |x_j| > t (arXiv 2408.14690, eq. 4), uniform over linears.
+"""TEAL: keep the channels whose input is large, |x_j| > t (arXiv 2408.14690, eq. 4).
 
-Not covered: the paper's greedy allocation over a block's linears.
+The paper's greedy allocation over a block's linears is sparsify/allocation/greedy.py.
 """
 
 from collections.abc import Mapping

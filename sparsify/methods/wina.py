@@ -1,7 +1,7 @@
 """WINA: keep the channels that contribute most, |x_j|·‖W[:,j]‖₂ > t (arXiv 2505.19427, eq. 3), uniform over linears.
 
 The exact column norm scores every linear; the public code uses it for k and gate only. We threshold at a calibrated
-quantile where the paper takes the top k of each token. Not covered: the orthogonalising rotation, greedy allocation.
+quantile where the paper takes the top k of each token. Not covered: the orthogonalising rotation.
 """
 
 from collections.abc import Mapping

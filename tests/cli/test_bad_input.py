@@ -21,6 +21,7 @@ BAD_OPTIONS = {
     "rho word": (["--rho", "much"], 2, ["rho", "much", "auto"]),
     "rho for teal": (["--method", "teal", "--rho", "0.9"], 2, ["teal", "rho"]),
     "unknown score": (["--score", "columns"], 2, ["columns", "column-norm"]),
+    "unknown allocation": (["--allocation", "greddy"], 2, ["greddy", "Did you mean 'greedy'"]),
     "no room for a rank": (["--sparsity", "0.5", "--rho", "0.999"], 2, ["rank"]),
     "no recipe": (["--recipe", "none.json"], 2, ["none.json"]),
     "unknown dtype": (["--dtype", "int8"], 2, ["int8", "bfloat16"]),

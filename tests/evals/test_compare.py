@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsify.errors import SparsifyError
 from sparsify.evals import compare
-from sparsify.evals.compare import Settings, Subject, main, parse_method, read_cells, run
+from sparsify.evals.compare import Settings, Subject, main, parse_allocation, parse_method, read_cells, run
 from sparsify.evals.comparison_table import log_rise, ratio_to_teal, render
 from sparsify.methods.rsparse import RSparse
 
@@ -46,6 +46,10 @@ def _run(subject: Subject, out: Path, **options: Any) -> list[dict[str, Any]]:
 def test_labels_become_methods() -> None:
     assert parse_method("rsparse:rho=0.9,score=magnitude", 0.4) == RSparse(0.4, rho=0.9, score="magnitude")
     assert parse_method("rsparse:rho=auto", 0.4) == RSparse(0.4)
+    assert parse_method("rsparse:rho=0.9@greedy", 0.4) == RSparse(0.4, rho=0.9)
+    assert [parse_allocation(label).name for label in ("teal", "teal@greedy")] == ["uniform", "greedy"]
+    with pytest.raises(SparsifyError, match="unknown allocation 'greed'"):
+        parse_allocation("teal@greed")
     with pytest.raises(SparsifyError, match="Did you mean 'teal'"):
         parse_method("teel", 0.5)
     with pytest.raises(SparsifyError, match="takes no option 'rho'"):
@@ -82,11 +86,11 @@ def test_a_killed_run_goes_on_where_it_was(subject: Subject, tmp_path: Path, mon
     converted: list[str] = []
     real = compare.convert
 
-    def convert(model: Any, method: Any, calibration: Any) -> Any:
+    def convert(model: Any, method: Any, calibration: Any, *, allocation: Any) -> Any:
         converted.append(method.name)
         if converted == ["teal", "wina"]:
             raise KeyboardInterrupt
-        return real(model, method, calibration)
+        return real(model, method, calibration, allocation=allocation)
 
     monkeypatch.setattr(compare, "convert", convert)
     with pytest.raises(KeyboardInterrupt):

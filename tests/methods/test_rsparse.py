@@ -59,6 +59,32 @@ def test_score_is_the_row_norms_of_v_s(tiny_llama: PreTrainedModel, tiny_calibra
         torch.testing.assert_close(layer.scale.double(), row_norms, rtol=1e-6, atol=0)
 
 
+def test_residual_norm_is_what_dropping_a_channel_costs(
+    tiny_llama: PreTrainedModel, tiny_calibration: Calibration
+) -> None:
+    sparsify.convert(tiny_llama, RSparse(sparsity=0.5, rho=0.8, score="residual-norm"), tiny_calibration)
+    layers, entries = sparse_layers(tiny_llama), tiny_llama.config.quantization_config.linears
+    for name, x in inputs_of(tiny_llama, list(layers), tiny_calibration).items():
+        layer = layers[name]
+        assert layer.rank
+        residual = layer.weight.detach().double() - low_rank_of(layer.weight.detach(), layer.rank)
+        torch.testing.assert_close(layer.scale.double(), residual.norm(dim=0), rtol=1e-4, atol=1e-6)
+        realised = float(keep_mask(x, layer.threshold, layer.scale).float().mean())
+        assert realised == pytest.approx(entries[name].density, abs=0.005)
+
+
+def test_score_auto_has_no_larger_error_than_any_score(
+    tiny_llama: PreTrainedModel, tiny_calibration: Calibration
+) -> None:
+    def errors(score: str) -> list[float]:
+        model = sparsify.convert(copy.deepcopy(tiny_llama), RSparse(sparsity=0.5, score=score), tiny_calibration)
+        return [entry.error for entry in model.config.quantization_config.linears.values()]
+
+    auto = errors("auto")
+    for score in ("magnitude", "column-norm", "residual-norm"):
+        assert all(a <= other for a, other in zip(auto, errors(score), strict=True))
+
+
 @pytest.mark.parametrize("name", [Q, K, DOWN])
 def test_output_is_the_papers_equation(tiny_llama: PreTrainedModel, tiny_calibration: Calibration, name: str) -> None:
     x = inputs_of(tiny_llama, [name], tiny_calibration)[name][:6]

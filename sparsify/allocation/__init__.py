@@ -1,0 +1,106 @@
+"""How one byte budget is spent over a model's linears, one file each; the file name is the allocation's name.
+
+An allocation returns the candidates of each linear that the conversion fits and compares. It asks the method what
+that would do with a share of a linear's bytes (`offers`), so every allocation works with every threshold method.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from sparsify.budget import Candidate, LinearShape
+from sparsify.calibration import Calibration, Progress
+from sparsify.errors import SparsifyError, suggest
+from sparsify.methods import Method
+from sparsify.trial import TargetLinear
+
+Choices = dict[str, tuple[Candidate, ...]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an allocation works on: a dense model, its targets in module order, a bound method and calibration text."""
+
+    model: PreTrainedModel
+    method: Method
+    shapes: Mapping[str, LinearShape]
+    linears: Mapping[str, TargetLinear]
+    calibration: Calibration
+    progress: Progress | None = None
+
+    def offers(self, name: str, share: float) -> tuple[Candidate, ...]:
+        """Returns what the method offers for a share in (0, 1] of the linear's dense bytes; 1 is the dense linear."""
+        method = replace(self.method, sparsity=1.0 - share)
+        return method.candidates(name, self.shapes[name])
+
+    def least_shares(self) -> dict[str, float]:
+        """Returns the smallest share that an allocation may give each linear: scales, and a tenth of uniform's rest."""
+        uniform = 1.0 - self.method.sparsity
+        least = {}
+        for name, shape in self.shapes.items():
+            scaled = any(candidate.scaled for candidate in self.offers(name, uniform))
+            overhead = shape.overhead_bytes(scaled=scaled) / shape.dense_bytes
+            least[name] = overhead + 0.1 * (uniform - overhead)
+        return least
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+class Allocation(Protocol):
+    """What a conversion needs of an allocation."""
+
+    @property
+    def name(self) -> str: ...
+
+    def choices(self, problem: Problem) -> Choices:
+        """Returns each linear's candidates, the preferred of equals first; any choice of one each meets the budget."""
+        ...
+
+
+@dataclass(frozen=True)
+class AllocationInfo:
+    """An allocation as the user sees it."""
+
+    name: str
+    summary: str
+    paper: str
+    config_class: type[Allocation]
+
+
+@cache
+def available() -> dict[str, AllocationInfo]:
+    """Returns every allocation of this installation by name."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        found[info.name] = AllocationInfo(info.name, module.SUMMARY, module.PAPER, module.ALLOCATION)
+    return found
+
+
+def get_allocation(name: str) -> Allocation:
+    """Returns an allocation with its defaults. Raises SparsifyError with the nearest name for an unknown one."""
+    known = available()
+    if name not in known:
+        raise SparsifyError(f"unknown allocation {name!r}: available are {', '.join(known)}.{suggest(name, known)}")
+    return known[name].config_class()
+
+
+def nearest(options: tuple[Candidate, ...], kind: Candidate) -> Candidate:
+    """Returns the option with the score of kind and the nearest rho; any score where none has that one."""
+    same = [option for option in options if option.score == kind.score] or list(options)
+    return min(same, key=lambda option: abs(option.rho - kind.rho))
+
+
+def refuse_recipe(allocation: str, problem: Problem) -> None:
+    """Raises SparsifyError where the method's own recipe already says what each linear gets."""
+    if getattr(problem.method, "recipe", None) is not None:
+        raise SparsifyError(
+            f"allocation {allocation} chooses each linear's share, and so does the recipe: leave one of them out"
+        )
