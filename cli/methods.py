@@ -1,6 +1,6 @@
-"""`sparsify methods`: the methods of this installation, a line and the paper each."""
+"""`sparsify methods`: the methods of this installation, with the paper and the facts of each."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import typer
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(format: FormatOption = Format.human, save: SaveOption = None) -> None:
-    """List the methods that --method takes: what each does, its paper and its options.
+    """List the methods that --method takes: what each does, its paper, facts and options.
 
     [dim]$[/] sparsify methods
     """
@@ -32,6 +32,7 @@ def methods(format: FormatOption = Format.human, save: SaveOption = None) -> Non
                 "name": info.name,
                 "summary": info.summary,
                 "paper": info.paper,
+                **asdict(info.facts),
                 "options": [field.name for field in fields(info.config_class)],
             }
             for info in found.values()
@@ -44,5 +45,13 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     for method in result["methods"]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in method["options"])
         console.print(f"[bold]{method['name']}[/]")
-        for line in (method["summary"], f"Paper: {method['paper']}", f"Options: {options}"):
+        lines = (
+            method["summary"],
+            f"Paper: {method['paper']}",
+            f"Sparsifies: {method['sparsifies']}; {method['choice']}, by {method['rule']}",
+            f"Same choice under tensor parallelism: {'yes' if method['tensor_parallel'] else 'no'}",
+            f"Kernels: {', '.join(method['kernels'])}",
+            f"Options: {options}",
+        )
+        for line in lines:
             console.print(Padding(Text(line), (0, 0, 0, 2)))

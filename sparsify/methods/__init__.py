@@ -1,7 +1,7 @@
 """The sparsification methods, one file each; the file name is the method's name.
 
 A method is a frozen dataclass that says how each linear's byte budget may be spent (`candidates`); the conversion
-measures the candidates on calibration text and keeps the best. A module with METHOD, SUMMARY and PAPER is one.
+measures the candidates on calibration text and keeps the best. A module with METHOD, SUMMARY, PAPER and FACTS is one.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from sparsify.budget import Candidate, LinearShape
 from sparsify.errors import SparsifyError, suggest
@@ -36,12 +36,29 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a user has to know of a method before choosing it.
+
+    sparsifies: which part of a model. choice: when it is settled what is skipped. rule: what settles it.
+    tensor_parallel: whether devices that hold a part of a linear's input channels each choose as one device would,
+    without an exchange. kernels: the backends that run it.
+    """
+
+    sparsifies: str
+    choice: Literal["static", "per-prompt", "per-token"]
+    rule: str
+    tensor_parallel: bool
+    kernels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MethodInfo:
     """A method as the user sees it."""
 
     name: str
     summary: str
     paper: str
+    facts: Facts
     config_class: type[Method]
 
     @property
@@ -68,7 +85,7 @@ def available() -> dict[str, MethodInfo]:
     found = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
-        found[info.name] = MethodInfo(info.name, module.SUMMARY, module.PAPER, module.METHOD)
+        found[info.name] = MethodInfo(info.name, module.SUMMARY, module.PAPER, module.FACTS, module.METHOD)
     return found
 
 

@@ -18,9 +18,17 @@ import yaml
 
 from sparsify.budget import Candidate, LinearShape, Score, check_share, split_budget
 from sparsify.errors import SparsifyError, suggest
+from sparsify.methods import Facts
 
 SUMMARY = "column-norm channels plus a low-rank product for the rest, rho per linear from calibration error"
 PAPER = "Zhang et al. 2025, arXiv 2504.19449"
+FACTS = Facts(
+    sparsifies="the input channels of every linear",
+    choice="per-token",
+    rule="fixed threshold; a low-rank product for what is below it",
+    tensor_parallel=True,
+    kernels=("reference", "native", "triton"),
+)
 
 RhoScore = Literal["column-norm", "magnitude", "residual-norm", "published-code", "auto"]
 Recipe = Mapping[str, Mapping[str, float]]

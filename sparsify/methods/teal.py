@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from typing import Self
 
 from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+from sparsify.methods import Facts
 
 SUMMARY = "input magnitude against a calibrated threshold, the same sparsity in every linear"
 PAPER = "Liu et al. 2024, arXiv 2408.14690"
+FACTS = Facts(
+    sparsifies="the input channels of every linear",
+    choice="per-token",
+    rule="fixed threshold",
+    tensor_parallel=True,
+    kernels=("reference", "native", "triton"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,17 @@ from dataclasses import dataclass
 from typing import Self
 
 from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+from sparsify.methods import Facts
 
 SUMMARY = "input magnitude times weight column norm against a calibrated threshold"
 PAPER = "Chen et al. 2025, arXiv 2505.19427"
+FACTS = Facts(
+    sparsifies="the input channels of every linear",
+    choice="per-token",
+    rule="fixed threshold",
+    tensor_parallel=True,
+    kernels=("reference", "native", "triton"),
+)
 
 
 @dataclass(frozen=True)

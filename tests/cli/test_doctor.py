@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsify.kernels import library, native
+from sparsify.kernels.dispatch import backends
 from sparsify.kernels.reference import BACKEND
 from sparsify.kernels.spec import SparseTensors
 from sparsify.methods import available
@@ -139,3 +140,7 @@ def test_methods_are_listed_with_their_papers(run: Run) -> None:
     for method in data:
         assert method["paper"] in shown
         assert method["name"] in shown
+        assert method["choice"] in ("static", "per-prompt", "per-token")
+        assert set(method["kernels"]) <= {backend.name for backend in backends()}
+        for fact in (method["sparsifies"], method["choice"], method["rule"]):
+            assert fact in " ".join(shown.split())
