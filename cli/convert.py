@@ -143,12 +143,12 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     print_left_dense(console, result["ledger"]["left_dense"])
     about = result["calibration"]
     allocation = "" if result["allocation"] == "uniform" else f", allocation {result['allocation']}"
+    worst = result["worst_error"]
     console.print(
         f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}{allocation}, calibrated on "
         f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in "
         f"{result['low_rank_linears']} of {result['ledger']['linears']} linears. Output error: mean "
-        f"{percent(result['mean_error'])}, worst {percent(result['worst_error']['error'])} "
-        f"({result['worst_error']['linear']}).",
+        f"{percent(result['mean_error'])}, worst {percent(worst['error'])} ({worst['linear']}).",
         markup=False,
     )
     measured = result["measured"]

@@ -20,7 +20,6 @@ from sparsify.evals.graph_decoding import Graphs
 from sparsify.evals.realised import RealisedDensity
 from sparsify.evals.shapes import set_thresholds
 from sparsify.evals.stream import wait
-from sparsify.kernels.reference import keep_mask
 from sparsify.native_decode import native_forward_of, transformers_path
 from sparsify.runtime import dense, sparse_layers
 
@@ -102,8 +101,7 @@ def count(side: Side, tokens: Tensor, prompt_tokens: int) -> Counted:
     united = dict.fromkeys(layers, 0.0)
 
     def see(name: str, x: Tensor) -> None:
-        keep = keep_mask(x, layers[name].threshold, layers[name].scale)
-        united[name] += float(keep.flatten(0, -2).any(0).float().mean())
+        united[name] += float(layers[name].keep(x).flatten(0, -2).any(0).float().mean())
 
     with running(side):
         cache, steps = _prefilled(side, tokens, prompt_tokens, tokens.shape[1])

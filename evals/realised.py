@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsify.kernels.reference import keep_mask
 from sparsify.linear import SparseConv1D, SparseLinear
 from sparsify.runtime import sparse_layers
 
@@ -55,7 +54,7 @@ class RealisedDensity:
                 return
             x = args[0]
             # Stays on the device: a read would stop the stream at every layer.
-            kept = keep_mask(x, layer.threshold, layer.scale).sum(dtype=torch.int64)
+            kept = layer.keep(x).sum(dtype=torch.int64)
             self._kept[name] = self._kept[name] + kept if name in self._kept else kept
             self._tokens[name] += x.numel() // x.shape[-1]
 

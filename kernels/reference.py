@@ -27,7 +27,11 @@ def keep_mask(x: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tens
 
 def sparse_linear(x: Tensor, t: SparseTensors) -> Tensor:
     """Returns y [..., O] = W (x ⊙ keep) + B A (x ⊙ ¬keep) + b, the paper's form (arXiv 2504.19449, eq. 3)."""
-    keep = keep_mask(x, t.threshold, t.scale)
+    return masked_linear(x, keep_mask(x, t.threshold, t.scale), t)
+
+
+def masked_linear(x: Tensor, keep: Tensor, t: SparseTensors) -> Tensor:
+    """Returns the same y for channels that were chosen already: keep is bool, the shape of x [..., I]."""
     y = F.linear(torch.where(keep, x, 0.0), t.weight, t.bias)
     if t.lr_a is not None and t.lr_b is not None:
         y = y + F.linear(F.linear(torch.where(keep, 0.0, x), t.lr_a), t.lr_b)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from sparsify.ledger import ledger_of as ledger_of
     from sparsify.methods.auto import Auto as Auto
     from sparsify.methods.rsparse import RSparse as RSparse
+    from sparsify.methods.statistical_topk import StatisticalTopK as StatisticalTopK
     from sparsify.methods.teal import Teal as Teal
+    from sparsify.methods.topk import TopK as TopK
     from sparsify.methods.wina import Wina as Wina
     from sparsify.models import load_dense as load_dense
     from sparsify.models import load_tokenizer as load_tokenizer
@@ -43,8 +45,10 @@ _PUBLIC = {
     "RSparse": "sparsify.methods.rsparse",
     "SparsifyConfig": "sparsify.config",
     "SparsifyError": "sparsify.errors",
+    "StatisticalTopK": "sparsify.methods.statistical_topk",
     "Teal": "sparsify.methods.teal",
     "Text": "sparsify.text",
+    "TopK": "sparsify.methods.topk",
     "UnavailableError": "sparsify.errors",
     "Wina": "sparsify.methods.wina",
     "convert": "sparsify.conversion",

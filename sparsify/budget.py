@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsify.errors import SparsifyError
+from sparsify.token_cut import TokenCut
 
 Score = Literal["magnitude", "column-norm", "residual-norm"]
 
@@ -40,7 +41,8 @@ class LinearShape:
 class Candidate:
     """One way to spend a linear's budget: a share of its channels by a score, and a rank.
 
-    density is the share of channels a token uses on average, rho the share of the budget meant for channels.
+    density is the share of channels a token uses on average, rho the share of the budget meant for channels; cut says
+    how a token's channels are cut, None by a threshold that is the same for all tokens.
     """
 
     sparsity: float
@@ -48,6 +50,7 @@ class Candidate:
     rank: int
     density: float
     score: Score
+    cut: TokenCut | None = None
 
     @property
     def scaled(self) -> bool:

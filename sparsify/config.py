@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsify.errors import CheckpointError
 from sparsify.runtime import Prefill
 from sparsify.strict import from_mapping
+from sparsify.token_cut import TokenCut
 
 QUANT_METHOD = "sparsify"
 SCHEMA_VERSION = 1
@@ -21,7 +22,8 @@ class LinearEntry:
     """One converted linear: how its budget was spent and what that cost on calibration text.
 
     error is the mean of ‖y − ŷ‖² / ‖y‖² over tokens, on dense inputs; density is the calibrated share of channels a
-    token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at.
+    token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at;
+    cut says how each token's channels are cut where that is not by a fixed threshold (sparsify.token_cut).
     """
 
     sparsity: float
@@ -31,6 +33,7 @@ class LinearEntry:
     density: float
     error: float
     energy_ranks: list[int] | None = None
+    cut: TokenCut | None = None
 
 
 @dataclass(frozen=True)

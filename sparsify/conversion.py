@@ -21,12 +21,14 @@ from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, 
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask
-from sparsify.linear import SparsitySwitch, make_sparse
+from sparsify.linear import SparsitySwitch
 from sparsify.methods import Method
 from sparsify.models import check_context
 from sparsify.plugin import attach
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
+from sparsify.token_cut import TokenCut, counted_scores, cut_mask, fitted_number
+from sparsify.token_layer import make_layer
 from sparsify.trial import TargetLinear
 
 # Windows of the calibration text on which candidates are compared.
@@ -44,6 +46,13 @@ class _Fit:
     lr_b: Tensor | None
     error: float = 0.0
     tokens: int = 0
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Returns the channels that it uses of x [..., I], bool."""
+        number = torch.tensor(self.threshold, device=x.device)
+        if self.candidate.cut is None:
+            return keep_mask(x, number, self.scale)
+        return cut_mask(self.candidate.cut, _scores(x, self.scale), number)
 
 
 def convert(
@@ -130,8 +139,9 @@ def _decompose(linear: TargetLinear, candidates: tuple[Candidate, ...]) -> None:
     linear.factors(max(candidate.rank for candidate in candidates))
 
 
-# A site for magnitudes, which its linears share; a linear for column norms; a linear and a rank for residual norms.
-_HistogramKey = tuple[Score, str, int]
+# A site for magnitudes, which its linears share; a linear for column norms; a linear and a rank for residual norms;
+# and what is counted for the candidate's cut.
+_HistogramKey = tuple[Score, str, int, TokenCut | None]
 
 
 def _collect(
@@ -155,7 +165,9 @@ def _collect(
 
     def see(name: str, x: Tensor) -> None:
         for key, scale in scales[name].items():
-            histograms[key].add(x if scale is None else x.float().abs() * scale)
+            cut = key[-1]
+            score = _scores(x, scale)
+            histograms[key].add(score if cut is None else counted_scores(cut, score))
 
     with hooked({name: linear.module for name, linear in linears.items()}, see):
         run_batches(model, calibration.tokens, "calibrate", progress)
@@ -164,20 +176,28 @@ def _collect(
 
 def _histogram_key(name: str, linear: TargetLinear, candidate: Candidate) -> _HistogramKey:
     if candidate.score == "magnitude":
-        return (candidate.score, str(linear.site), 0)
-    return (candidate.score, name, candidate.rank if candidate.score == "residual-norm" else 0)
+        return (candidate.score, str(linear.site), 0, candidate.cut)
+    return (candidate.score, name, candidate.rank if candidate.score == "residual-norm" else 0, candidate.cut)
+
+
+def _scores(x: Tensor, scale: Tensor | None) -> Tensor:
+    score = x.float().abs()
+    return score if scale is None else score * scale
 
 
 def _fit_candidate(
     name: str, linear: TargetLinear, candidate: Candidate, histograms: Mapping[_HistogramKey, ScoreHistogram]
 ) -> _Fit:
     histogram = histograms[_histogram_key(name, linear, candidate)]
-    threshold = histogram.threshold(candidate.density)
     if not histogram.finite:
         raise SparsifyError(
             f"the inputs of {name} are not finite on the calibration text, so no threshold can be fitted: "
             "check the model in this dtype, or load it in another (--dtype)"
         )
+    threshold = histogram.threshold(candidate.density)
+    if candidate.cut is not None:
+        inputs = linear.weight.shape[1]
+        threshold = fitted_number(candidate.cut, threshold, density=candidate.density, inputs=inputs)
     return _Fit(candidate, threshold, linear.scale(candidate), *linear.factors(candidate.rank))
 
 
@@ -200,9 +220,7 @@ def _measure_errors(
         size = F.linear(x.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
         for fit in fits[name]:
             fit.tokens += len(x)
-            threshold = torch.tensor(fit.threshold, device=x.device)
-            keep = keep_mask(x, threshold, fit.scale)
-            dropped = torch.where(keep, 0.0, x).float()
+            dropped = torch.where(fit.keep(x), 0.0, x).float()
             missing = F.linear(dropped, weight)
             if fit.lr_a is not None and fit.lr_b is not None:
                 missing = missing - F.linear(F.linear(dropped, fit.lr_a.float()), fit.lr_b.float())
@@ -217,7 +235,8 @@ def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: M
     switch = SparsitySwitch()
     for name, linear in linears.items():
         fit = chosen[name]
-        layer = make_sparse(linear.module, scaled=fit.candidate.scaled, rank=fit.candidate.rank, switch=switch)
+        c = fit.candidate
+        layer = make_layer(linear.module, cut=c.cut, scaled=c.scaled, rank=c.rank, switch=switch)
         layer.threshold.fill_(fit.threshold)
         if layer.scale is not None and fit.scale is not None:
             layer.scale.copy_(fit.scale)
@@ -241,7 +260,7 @@ def _describe(
         c = chosen[name].candidate
         error = chosen[name].error / max(chosen[name].tokens, 1)
         ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
-        entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks)
+        entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks, c.cut)
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,

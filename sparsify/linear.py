@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsify.kernels.dispatch import select_backend
 from sparsify.kernels.layout import channel_contiguous
+from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import Backend, SparseTensors
 
 
@@ -32,7 +33,7 @@ class SparsitySwitch:
         return not (self.forced_dense or self.in_prefill)
 
 
-class _SparseLayer(nn.Module):
+class SparseLayer(nn.Module):
     """The part that SparseLinear and SparseConv1D share: buffers, switch, backend."""
 
     weight: nn.Parameter
@@ -85,6 +86,14 @@ class _SparseLayer(nn.Module):
     def tensors(self) -> SparseTensors:
         return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
 
+    def keep(self, x: Tensor) -> Tensor:
+        """Returns the channels of x [..., I] that a sparse forward uses, bool, the same shape."""
+        return keep_mask(x, self.threshold, self.scale)
+
+    def threshold_problem(self, value: float) -> str | None:
+        """Returns what is wrong with a finite threshold read from a file, in one line; None where nothing is."""
+        return None
+
     def _run(self, x: Tensor) -> Tensor | None:
         """Returns the output by the backend; None where torch's own dense linear is right and fast."""
         if self.switch.sparse:
@@ -107,7 +116,7 @@ class _SparseLayer(nn.Module):
         return self
 
 
-class SparseLinear(_SparseLayer, nn.Linear):  # type: ignore[misc]
+class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear [O, I] with a channel threshold, an optional score scale and an optional low-rank rest."""
 
     def __init__(
@@ -130,7 +139,7 @@ class SparseLinear(_SparseLayer, nn.Linear):  # type: ignore[misc]
         return F.linear(x, self.weight, self.bias) if y is None else y
 
 
-class SparseConv1D(_SparseLayer, Conv1D):  # type: ignore[misc]
+class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
     """GPT-2's Conv1D, a linear whose weight is stored [I, O], made sparse; already channel-contiguous."""
 
     def __init__(
@@ -163,16 +172,23 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def make_sparse(linear: nn.Module, *, scaled: bool, rank: int, switch: SparsitySwitch) -> SparseLinear | SparseConv1D:
+def make_sparse(
+    linear: nn.Module,
+    *,
+    scaled: bool,
+    rank: int,
+    switch: SparsitySwitch,
+    kinds: tuple[type[SparseLinear], type[SparseConv1D]] = (SparseLinear, SparseConv1D),
+) -> SparseLinear | SparseConv1D:
     """Returns a sparse layer that takes over linear's parameters (no copy), with buffers that keep every channel.
 
-    Raises TypeError for another module than nn.Linear or Conv1D.
+    kinds: what nn.Linear and Conv1D become. Raises TypeError for another module than these.
     """
     weight = linear.weight
     assert isinstance(weight, nn.Parameter)
     layer: SparseLinear | SparseConv1D
     if isinstance(linear, nn.Linear):
-        layer = SparseLinear(
+        layer = kinds[0](
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
@@ -183,7 +199,7 @@ def make_sparse(linear: nn.Module, *, scaled: bool, rank: int, switch: SparsityS
             dtype=weight.dtype,
         )
     elif isinstance(linear, Conv1D):
-        layer = SparseConv1D(
+        layer = kinds[1](
             linear.nx, linear.nf, scaled=scaled, rank=rank, switch=switch, device="meta", dtype=weight.dtype
         )
     else:

@@ -20,10 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels import triton_backend
-from sparsify.linear import SparsitySwitch, is_linear, make_sparse
+from sparsify.linear import SparsitySwitch, is_linear
 from sparsify.mapped import MappedWeights
 from sparsify.preflight import check_files, check_loaded
 from sparsify.runtime import set_prefill, sparse_layers
+from sparsify.token_layer import make_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ def _decode_fast(model: PreTrainedModel) -> None:
 
 
 def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
-    """Replaces every linear that the configuration names by an unfitted sparse layer of its rank and scale.
+    """Replaces every linear that the configuration names by an unfitted sparse layer of its cut, rank and scale.
 
     Raises CheckpointError for a name that is not a linear of the model, or a rank that its shape cannot have.
     """
@@ -126,7 +127,7 @@ def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
         rows, columns = linear.weight.shape
         if entry.rank > min(rows, columns):
             raise CheckpointError(f"quantization_config gives {name} [{rows}, {columns}] the rank {entry.rank}")
-        layer = make_sparse(linear, scaled=entry.scaled, rank=entry.rank, switch=switch)
+        layer = make_layer(linear, cut=entry.cut, scaled=entry.scaled, rank=entry.rank, switch=switch)
         layer.density = entry.density
         model.set_submodule(name, layer)
 

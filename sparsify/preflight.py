@@ -183,7 +183,9 @@ def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[
         if key in ("threshold", "scale") and dtype != "F32":
             raise CheckpointError(f"{full} is stored as {dtype}, F32 is expected")
         if key in ADDED:
-            _check_values(stored, key, path)
+            values = _check_values(stored, key, path)
+            if key == "threshold" and (problem := layer.threshold_problem(float(values))) is not None:
+                raise CheckpointError(f"{full} {problem}: the checkpoint is damaged, convert again")
 
 
 def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:
@@ -191,10 +193,11 @@ def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:
         raise CheckpointError(f"{name} has the shape {list(shape)}, {list(tensor.shape)} is expected")
 
 
-def _check_values(full: str, key: str, path: Path) -> None:
+def _check_values(full: str, key: str, path: Path) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(full)
+        tensor: torch.Tensor = file.get_tensor(full)
     if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{full} holds values that are not finite: the checkpoint is damaged, convert again")
     if key == "scale" and bool((tensor < 0).any()):
         raise CheckpointError(f"{full} holds negative scales: the checkpoint is damaged, convert again")
+    return tensor

@@ -105,6 +105,16 @@ def nearest(options: tuple[Candidate, ...], kind: Candidate) -> Candidate:
     return min(same, key=lambda option: abs(option.rho - kind.rho))
 
 
+def refuse_token_cuts(allocation: str, problem: Problem) -> None:
+    """Raises SparsifyError where the method has no threshold to trade bytes by: its cut depends on the token."""
+    share = 1.0 - problem.method.sparsity
+    if any(candidate.cut is not None for name in problem.shapes for candidate in problem.offers(name, share)):
+        raise SparsifyError(
+            f"allocation {allocation} moves bytes by thresholds that all tokens share, and method "
+            f"{problem.method.name} cuts each token by itself: use allocation uniform, or another method"
+        )
+
+
 def refuse_recipe(allocation: str, problem: Problem) -> None:
     """Raises SparsifyError where the method's own recipe already says what each linear gets."""
     if getattr(problem.method, "recipe", None) is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Choices, Problem, nearest, refuse_recipe
+from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, check_share
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
@@ -52,6 +52,7 @@ class Greedy:
 
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
+        refuse_token_cuts(self.name, problem)
         target = problem.method.sparsity
         if target > self.most:
             raise SparsifyError(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.allocation import Choices, Problem, nearest, refuse_recipe
+from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, fill_budget
 from sparsify.errors import SparsifyError
 from sparsify.trial import Call, Trial, dense_log_probabilities, evaluating, input_gradients, kl_divergence
@@ -56,6 +56,7 @@ class Sensitivity:
 
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
+        refuse_token_cuts(self.name, problem)
         if problem.method.sparsity == 0.0:
             return {name: problem.offers(name, 1.0) for name in problem.shapes}
         search = _Search(problem, self.batch)

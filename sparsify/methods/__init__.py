@@ -1,4 +1,4 @@
-"""The sparsification methods, one file each; the file name is the method's name.
+"""The sparsification methods, one file each; the file name is the method's name, with - for _.
 
 A method is a frozen dataclass that says how each linear's byte budget may be spent (`candidates`); the conversion
 measures the candidates on calibration text and keeps the best. A module with METHOD, SUMMARY, PAPER and FACTS is one.
@@ -86,7 +86,8 @@ def available() -> dict[str, MethodInfo]:
     found = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
-        found[info.name] = MethodInfo(info.name, module.SUMMARY, module.PAPER, module.FACTS, module.METHOD)
+        name = info.name.replace("_", "-")
+        found[name] = MethodInfo(name, module.SUMMARY, module.PAPER, module.FACTS, module.METHOD)
     return found
 
 
