@@ -17,7 +17,7 @@ from sparsify.errors import SparsifyError
 from sparsify.kernels import library
 from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import Backend, SparseTensors
-from sparsify.kernels.torch_operator import linear_operator, needs_grad
+from sparsify.kernels.torch_operator import by_operator, linear_operator
 
 # Above this many tokens BLAS is faster than groups of 8 tokens through the kernel (2048×5632 on 2 cores: with bf16
 # products in the processor from about 12 tokens, else from about 100).
@@ -32,9 +32,8 @@ def run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
 
     Raises SparsifyError for tensors that the kernels cannot take: another dtype, device, shape or layout.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and needs_grad(x, site)):
-        return [native_linear(x, t.weight, t.bias, t.threshold, t.scale, t.lr_a, t.lr_b) for t in site]
-    return _run(x, site)
+    outputs = by_operator(native_linear, x, site)
+    return _run(x, site) if outputs is None else outputs
 
 
 def _run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 Elsewhere a backend skips the operator: it costs tens of microseconds a call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,14 @@ def linear_operator(name: str, run: Callable[[Tensor, SparseTensors], Tensor]) -
     return operator
 
 
-def needs_grad(x: Tensor, site: Any) -> bool:
+def by_operator(operator: Linear, x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor] | None:
+    """Returns the outputs of a site's linears by their operator where they are compiled or trained; None elsewhere."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and needs_grad(x, site)):
+        return [operator(x, t.weight, t.bias, t.threshold, t.scale, t.lr_a, t.lr_b) for t in site]
+    return None
+
+
+def needs_grad(x: Tensor, site: Sequence[SparseTensors]) -> bool:
     """Returns whether the input or a tensor of the site is trained."""
     trained = (t for tensors in site for t in (tensors.weight, tensors.bias, tensors.lr_a, tensors.lr_b))
     return x.requires_grad or any(t is not None and t.requires_grad for t in trained)

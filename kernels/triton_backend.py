@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.kernels.reference import keep_mask
+from sparsify.kernels.reference import sparse_linear
 from sparsify.kernels.spec import Backend, SparseTensors
-from sparsify.kernels.torch_operator import linear_operator, needs_grad
+from sparsify.kernels.torch_operator import by_operator, linear_operator
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
@@ -26,38 +25,26 @@ def run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
 
     Raises SparsifyError for tensors that the kernels cannot take: another dtype, device, shape or layout.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and needs_grad(x, site)):
-        return [triton_linear(x, t.weight, t.bias, t.threshold, t.scale, t.lr_a, t.lr_b) for t in site]
-    return _run(x, site)
+    outputs = by_operator(triton_linear, x, site)
+    return _run(x, site) if outputs is None else outputs
 
 
 def _run(x: Tensor, site: Sequence[SparseTensors]) -> list[Tensor]:
     # Triton is imported where it is used: it is not there on every machine.
     from sparsify.kernels.gpu.scratch import scratch_of
-    from sparsify.kernels.gpu.site import checked, few_rows, groups, on_device, run_site
+    from sparsify.kernels.gpu.site import checked, few_rows, on_device, run_linears
     from sparsify.kernels.gpu.tiles import table_of
 
     rows = few_rows(x)
     for tensors in site:
         checked(x, tensors)
     if rows is None:
-        return [_many_tokens(x, tensors) for tensors in site]
+        return [sparse_linear(x, tensors) for tensors in site]
     if not len(rows):
         return [x.new_empty((*x.shape[:-1], t.weight.shape[0])) for t in site]
-    outputs: list[Tensor] = []
     with on_device(x.device):
-        for members in groups(site):
-            part = [site[position] for position in members]
-            outputs += run_site(rows, part, scratch=scratch_of(x.device), table=table_of(x.device))
+        outputs = run_linears(rows, site, scratch=scratch_of(x.device), table=table_of(x.device))
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
-
-
-def _many_tokens(x: Tensor, t: SparseTensors) -> Tensor:
-    keep = keep_mask(x, t.threshold, t.scale)
-    y = F.linear(torch.where(keep, x, 0.0), t.weight, t.bias)
-    if t.lr_a is not None and t.lr_b is not None:
-        y = y + F.linear(F.linear(torch.where(keep, 0.0, x), t.lr_a), t.lr_b)
-    return y
 
 
 triton_linear = linear_operator("triton_linear", lambda x, t: _run(x, (t,))[0])
@@ -83,7 +70,7 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _is_ours(device: torch.device, dtype: torch.dtype) -> bool:
     # ROCm's devices are called cuda too.
-    return device.type == "cuda" and dtype in _DTYPES
+    return device.type == "cuda" and dtype in DTYPES
 
 
 BACKEND = Backend(name="triton", priority=20, channel_contiguous=True, supports=_supports, run=run, missing=_missing)

@@ -295,8 +295,7 @@ def enable(model: PreTrainedModel) -> None:
     reason = problem(model)
     if reason is not None:
         raise SparsifyError(f"{type(model).__name__} cannot decode by CUDA graphs: {reason}")
-    if generate_of(model) is None:
-        cast(Any, model).generate = Generate(model)
+    enable_on_gpu(model)
 
 
 def enable_on_gpu(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from sparsify.kernels.gpu.scratch import Scratch
 from sparsify.kernels.gpu.site import Lists
 from sparsify.kernels.gpu.tiles import MOST_TOKENS, Table, table_of
 from sparsify.kernels.spec import SparseTensors
-from sparsify.kernels.triton_backend import BACKEND
+from sparsify.kernels.triton_backend import BACKEND, DTYPES
 from sparsify.linear import SparseLinear
 from sparsify.llama_like import Watch, problem_of
 
@@ -38,7 +38,7 @@ def problem(model: PreTrainedModel) -> str | None:
     found = problem_of(
         model,
         device=model.device.type if model.device.type in _DEVICES else "cuda",
-        dtypes=site.DTYPES,
+        dtypes=DTYPES,
         activations=site.ACTIVATIONS,
         backend=BACKEND.name,
     )
@@ -62,25 +62,21 @@ class Sparse:
 
     def __init__(self, linears: Sequence[SparseLinear], *, run_dense: bool, step: "GpuStep") -> None:
         self._step = step
-        self._run_dense = run_dense
-        tensors = [_every(layer) if run_dense else layer.tensors() for layer in linears]
-        for t in tensors:
+        self._tensors = [layer.every_channel() if run_dense else layer.tensors() for layer in linears]
+        for t in self._tensors:
             site.checked(t.weight.new_empty(1, t.weight.shape[1]), t)
-        self._groups = [[tensors[p] for p in members] for members in site.groups(tensors)]
 
     @property
     def selected(self) -> Sequence[SparseTensors]:
         """The linears whose lists a norm before this site can make: all of one launch that walks lists, else none."""
-        one = self._groups[0]
-        return one if len(self._groups) == 1 and site.is_indexed(one, self._step.table) else ()
+        one_launch = len(site.groups(self._tensors)) == 1
+        return self._tensors if one_launch and site.is_indexed(self._tensors, self._step.table) else ()
 
     def __call__(self, x: Tensor, *, up: Tensor | None = None, lists: Lists | None = None) -> list[Tensor]:
-        step, outputs = self._step, []
-        for members in self._groups:
-            outputs += site.run_site(
-                x, members, scratch=step.scratch, table=step.table, up=up, activation=step.activation, lists=lists
-            )
-        return outputs
+        step = self._step
+        return site.run_linears(
+            x, self._tensors, scratch=step.scratch, table=step.table, up=up, activation=step.activation, lists=lists
+        )
 
 
 class Dense:
@@ -119,8 +115,8 @@ class GpuStep:
 
     tokens [B] int64 and position [] int64 are read on the device; keys and values are [B, KH, capacity, D] by block.
     run_dense: converted layers keep every channel; share: another step of the model, batch and capacity whose cache
-    this one uses too. Raises SparsifyError for a model that `problem` has words for, more
-    sequences than a launch takes, or more positions than the model has.
+    this one uses too. Raises SparsifyError for a model that `problem` has words for, more sequences than a launch
+    takes, or a cache to share of another model or shape.
     """
 
     def __init__(
@@ -248,11 +244,6 @@ def _head_norms(attention_module: Any) -> dict[str, Any]:
         return {}
     q_norm, k_norm = attention_module.q_norm, attention_module.k_norm
     return {"q_weight": q_norm.weight, "k_weight": k_norm.weight, "epsilon": q_norm.variance_epsilon}
-
-
-def _every(layer: SparseLinear) -> SparseTensors:
-    """The layer with every channel kept: its low rank has nothing left to do."""
-    return SparseTensors(layer.weight, layer.bias, layer.threshold.new_full((), -1.0))
 
 
 def _merged(parameters: Sequence[Tensor]) -> Tensor:

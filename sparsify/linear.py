@@ -86,6 +86,10 @@ class SparseLayer(nn.Module):
     def tensors(self) -> SparseTensors:
         return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
 
+    def every_channel(self) -> SparseTensors:
+        """Returns the layer's tensors with every channel kept: its low rank has nothing left to do."""
+        return SparseTensors(self.tensors().weight, self.bias, self.threshold.new_full((), -1.0))
+
     def keep(self, x: Tensor) -> Tensor:
         """Returns the channels of x [..., I] that a sparse forward uses, bool, the same shape."""
         return keep_mask(x, self.threshold, self.scale)
@@ -101,8 +105,7 @@ class SparseLayer(nn.Module):
         if not self.backend.channel_contiguous:
             return None
         # torch's product with such a weight can be a hundred times slower than the backend's, where nothing is dropped.
-        every = SparseTensors(self.tensors().weight, self.bias, self.threshold.new_full((), -1.0))
-        return self.backend.run(x, (every,))[0]
+        return self.backend.run(x, (self.every_channel(),))[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(bfloat16) must not round thresholds and scales: keep their fp32 values, follow the device only.

@@ -5,7 +5,6 @@ token: gate, the list of its neurons above the cut, only their rows of up, and t
 where the modules would round them. Not covered: gradients, more than 8 tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from sparsify.errors import SparsifyError, suggest
 from sparsify.kernels.gpu.launch import launch
 from sparsify.kernels.gpu.rows import relu_rows
 from sparsify.kernels.gpu.scratch import Scratch, scratch_of
-from sparsify.kernels.gpu.site import ACTIVATIONS, checked, few_rows, groups, on_device, run_select, run_site
+from sparsify.kernels.gpu.site import ACTIVATIONS, checked, few_rows, on_device, run_linears, run_select, run_site
 from sparsify.kernels.gpu.tiles import MOST_TOKENS, Table, table_of
 from sparsify.kernels.spec import SparseTensors
 from sparsify.kernels.torch_operator import needs_grad
@@ -60,7 +59,7 @@ def gated_mlp(
         if by_rows:
             y = relu_mlp(rows, gate, up, down, cut, scratch=scratch, table=table)
         else:
-            g, u = grouped(rows, (gate, up), scratch, table)
+            g, u = run_linears(rows, (gate, up), scratch=scratch, table=table)
             if cut:
                 g = torch.where(g.float() <= cut, torch.zeros((), dtype=g.dtype, device=g.device), g)
             y = run_site(g, (down,), up=u, activation=activation, scratch=scratch, table=table)[0]
@@ -95,11 +94,3 @@ def relu_mlp(
     )  # fmt: skip
     # Neurons that are off have an input of 0: down can need none but the others, if its own threshold lets them.
     return run_site(h.view(1, -1), (down,), scratch=scratch, table=table, lists=lists, recheck=True)[0]
-
-
-def grouped(x: Tensor, site: Sequence[SparseTensors], scratch: Scratch, table: Table) -> list[Tensor]:
-    """Returns the outputs of a site of any number of linears for x [T, K], in as few launches as they allow."""
-    outputs: list[Tensor] = []
-    for members in groups(site):
-        outputs += run_site(x, [site[position] for position in members], scratch=scratch, table=table)
-    return outputs

@@ -23,11 +23,11 @@ from sparsify.kernels.gpu.scratch import Scratch
 from sparsify.kernels.gpu.select import select
 from sparsify.kernels.gpu.tiles import MOST_TOKENS, RULES, Table, Tile, tile_for
 from sparsify.kernels.spec import SparseTensors
+from sparsify.kernels.triton_backend import DTYPES
 
 # Linears that share a launch.
 MOST_LINEARS = 3
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton's interpreter, for tests without a GPU: it has no products in bf16.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Where there is no device to ask: an A100's number, and few programs for the interpreter, which runs them in turn.
@@ -141,6 +141,27 @@ def run_site(
     )
     sizes = [tokens * n for n in outputs]
     return [part.view(tokens, n) for part, n in zip(y.split(sizes), outputs, strict=True)]
+
+
+def run_linears(
+    x: Tensor,
+    site: Sequence[SparseTensors],
+    *,
+    scratch: Scratch,
+    table: Table,
+    up: Tensor | None = None,
+    activation: str = "silu",
+    lists: Lists | None = None,
+) -> list[Tensor]:
+    """Returns the outputs [T, N_l] of a site of any linears for x [T, K], in as few launches as they allow.
+
+    up, activation and lists are those of run_site; lists are for a site of one launch.
+    """
+    outputs: list[Tensor] = []
+    for members in groups(site):
+        part = [site[position] for position in members]
+        outputs += run_site(x, part, scratch=scratch, table=table, up=up, activation=activation, lists=lists)
+    return outputs
 
 
 def run_select(
