@@ -13,16 +13,19 @@ from torch import Tensor
 from sparsify.kernels.spec import Backend, SparseTensors
 
 
+def scores(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Returns |x| · scale in fp32, the shape of x [..., I]."""
+    score = x.float().abs()
+    return score if scale is None else score * scale
+
+
 def keep_mask(x: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
     """Returns the channels that are used, bool, the shape of x [..., I].
 
     keep = ¬(|x| · scale ≤ threshold) in fp32, whatever x's dtype: a bf16 comparison would round the threshold.
     The cut is strict, and written so that a NaN is kept and reaches the output as in a dense linear.
     """
-    score = x.float().abs()
-    if scale is not None:
-        score = score * scale
-    return ~(score <= threshold)
+    return ~(scores(x, scale) <= threshold)
 
 
 def sparse_linear(x: Tensor, t: SparseTensors) -> Tensor:

@@ -20,7 +20,7 @@ from sparsify.budget import Candidate, LinearShape, Score
 from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
-from sparsify.kernels.reference import keep_mask
+from sparsify.kernels.reference import keep_mask, scores
 from sparsify.linear import SparsitySwitch
 from sparsify.methods import Method
 from sparsify.models import check_context
@@ -52,7 +52,7 @@ class _Fit:
         number = torch.tensor(self.threshold, device=x.device)
         if self.candidate.cut is None:
             return keep_mask(x, number, self.scale)
-        return cut_mask(self.candidate.cut, _scores(x, self.scale), number)
+        return cut_mask(self.candidate.cut, scores(x, self.scale), number)
 
 
 def convert(
@@ -166,7 +166,7 @@ def _collect(
     def see(name: str, x: Tensor) -> None:
         for key, scale in scales[name].items():
             cut = key[-1]
-            score = _scores(x, scale)
+            score = scores(x, scale)
             histograms[key].add(score if cut is None else counted_scores(cut, score))
 
     with hooked({name: linear.module for name, linear in linears.items()}, see):
@@ -178,11 +178,6 @@ def _histogram_key(name: str, linear: TargetLinear, candidate: Candidate) -> _Hi
     if candidate.score == "magnitude":
         return (candidate.score, str(linear.site), 0, candidate.cut)
     return (candidate.score, name, candidate.rank if candidate.score == "residual-norm" else 0, candidate.cut)
-
-
-def _scores(x: Tensor, scale: Tensor | None) -> Tensor:
-    score = x.float().abs()
-    return score if scale is None else score * scale
 
 
 def _fit_candidate(

@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
-from sparsify.kernels.reference import BACKEND, masked_linear
+from sparsify.kernels.reference import BACKEND, masked_linear, scores
 from sparsify.linear import SparseConv1D, SparseLayer, SparseLinear, SparsitySwitch, make_sparse
 from sparsify.token_cut import TokenCut, mean_std_mask, top_k_mask
 
@@ -24,18 +24,13 @@ class _TokenCutLayer(SparseLayer):
             )
         super().bind(BACKEND.name)
 
-    def score(self, x: Tensor) -> Tensor:
-        """Returns |x| · scale in fp32, the shape of x [..., I]."""
-        score = x.float().abs()
-        return score if self.scale is None else score * self.scale
-
     def _run(self, x: Tensor) -> Tensor | None:
         return masked_linear(x, self.keep(x), self.tensors()) if self.switch.sparse else None
 
 
 class _TopK(_TokenCutLayer):
     def keep(self, x: Tensor) -> Tensor:
-        return top_k_mask(self.score(x), self.threshold)
+        return top_k_mask(scores(x, self.scale), self.threshold)
 
     def threshold_problem(self, value: float) -> str | None:
         if not (value.is_integer() and 1 <= value <= self.sparse_in):
@@ -47,7 +42,7 @@ class _TopK(_TokenCutLayer):
 
 class _MeanStd(_TokenCutLayer):
     def keep(self, x: Tensor) -> Tensor:
-        return mean_std_mask(self.score(x), self.threshold)
+        return mean_std_mask(scores(x, self.scale), self.threshold)
 
     def threshold_problem(self, value: float) -> str | None:
         # No score of I lies further than √(I − 1) standard deviations from their mean.

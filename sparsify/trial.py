@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparsify.budget import Candidate
 from sparsify.calibration import ScoreHistogram, hooked
-from sparsify.kernels.reference import sparse_linear
+from sparsify.kernels.reference import scores, sparse_linear
 from sparsify.kernels.spec import SparseTensors
 from sparsify.low_rank import LowRank, low_rank
 from sparsify.targets import dense_weight
@@ -91,8 +91,7 @@ class Placed:
 
     def scores(self, x: Tensor) -> Tensor:
         """Returns the scores [T, I] in fp32 of an input [..., I]."""
-        score = x.detach().float().abs().reshape(-1, x.shape[-1])
-        return score if self.scale is None else score * self.scale
+        return scores(x.detach().reshape(-1, x.shape[-1]), self.scale)
 
     def band(self) -> tuple[float, float]:
         """Returns the scores (low, high] between which the channels near the threshold lie."""
