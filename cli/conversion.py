@@ -62,7 +62,9 @@ def _configure(settings: ConvertSettings) -> "Method":
     from sparsify.methods import get_method
 
     options = {"rho": settings.rho, "score": settings.score, "recipe": settings.recipe}
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if settings.compensate:
+        given["compensate"] = True
     return get_method(settings.method).configure(sparsity=settings.sparsity, **given)
 
 

@@ -61,6 +61,10 @@ def convert(
     recipe: Annotated[
         str | None, typer.Option(help="rsparse: a file of sparsity and rho for each linear.", metavar="FILE")
     ] = None,
+    compensate: Annotated[
+        bool | None,
+        typer.Option("--compensate", help="Give the mean of what is dropped back as a bias, paid from the budget."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -121,9 +125,9 @@ def convert(
     """
     given = {
         "model": model, "out": out, "method": method, "sparsity": sparsity, "allocation": allocation,
-        "rho": parse_rho(rho), "score": score, "recipe": recipe, "calibration": calibration, "sequences": sequences,
-        "seq_len": seq_len, "prefill": prefill, "dtype": dtype, "device": device, "seed": seed,
-        "eval_windows": eval_windows, "trust_remote_code": trust_remote_code,
+        "rho": parse_rho(rho), "score": score, "recipe": recipe, "compensate": compensate,
+        "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill, "dtype": dtype,
+        "device": device, "seed": seed, "eval_windows": eval_windows, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     output = Output(format, save)
     base = ConvertSettings.from_yaml(config) if config is not None else _DEFAULTS

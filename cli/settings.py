@@ -27,6 +27,7 @@ class ConvertSettings:
     rho: int | float | str | None = None
     score: str | None = None
     recipe: str | None = None
+    compensate: bool = False
     calibration: str = "stdlib:calibration"
     sequences: int = 32
     seq_len: int = 512

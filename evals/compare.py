@@ -107,7 +107,7 @@ def run(
 
 
 def parse_method(label: str, sparsity: float) -> Method:
-    """Returns the method of a label such as "teal" or "rsparse:rho=0.95,score=magnitude@greedy" at one sparsity."""
+    """Returns the method of a label such as "teal" or "rsparse:rho=0.95,compensate=true@greedy" at one sparsity."""
     name, _, rest = label.partition("@")[0].partition(":")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -117,7 +117,7 @@ def parse_method(label: str, sparsity: float) -> Method:
         try:
             options[option] = float(value)
         except ValueError:
-            options[option] = value
+            options[option] = {"true": True, "false": False}.get(value, value)
     return get_method(name).configure(sparsity=sparsity, **options)
 
 

@@ -1,7 +1,8 @@
 """The byte ledger's arithmetic: what one token touches in a linear, and how a budget is split inside it.
 
-Every weight byte counts: active channels, low-rank factors, score scales and the threshold. "Sparsity 0.5" means
-half of the dense bytes of the linear's weight, all of these included. Biases are touched either way and left out.
+Every weight byte counts: active channels, low-rank factors, score scales, the threshold, and the bias of a compensated
+linear. "Sparsity 0.5" means half of the dense bytes of the linear's weight, all of these included. Biases that the
+dense model has are touched either way and left out.
 """
 
 import math
@@ -30,8 +31,9 @@ class LinearShape:
     def dense_bytes(self) -> int:
         return self.outputs * self.inputs * self.element_size
 
-    def overhead_bytes(self, *, scaled: bool) -> int:
-        return THRESHOLD_BYTES + (SCALE_BYTES * self.inputs if scaled else 0)
+    def overhead_bytes(self, *, scaled: bool, compensated: bool = False) -> int:
+        bias = self.outputs * self.element_size if compensated else 0
+        return THRESHOLD_BYTES + (SCALE_BYTES * self.inputs if scaled else 0) + bias
 
     def low_rank_bytes(self, rank: int) -> int:
         return rank * (self.inputs + self.outputs) * self.element_size
@@ -42,7 +44,8 @@ class Candidate:
     """One way to spend a linear's budget: a share of its channels by a score, and a rank.
 
     density is the share of channels a token uses on average, rho the share of the budget meant for channels; cut says
-    how a token's channels are cut, None by a threshold that is the same for all tokens.
+    how a token's channels are cut, None by a threshold that is the same for all tokens; compensated, whether the mean
+    of what is dropped is given back as a bias.
     """
 
     sparsity: float
@@ -51,29 +54,33 @@ class Candidate:
     density: float
     score: Score
     cut: TokenCut | None = None
+    compensated: bool = False
 
     @property
     def scaled(self) -> bool:
         return self.score != "magnitude"
 
 
-def split_budget(name: str, shape: LinearShape, *, sparsity: float, rho: float, score: Score) -> Candidate:
+def split_budget(
+    name: str, shape: LinearShape, *, sparsity: float, rho: float, score: Score, compensated: bool = False
+) -> Candidate:
     """Splits the bytes (1 − sparsity) · dense_bytes of one linear into a rank and a density of channels.
 
     The rank is R-Sparse's ⌊(I·O·(1−s) − ⌊I(1−s)ρ⌋·O)/(I+O)⌋, from the linear's own shape (arXiv 2504.19449 and its
     code, which takes O = hidden size for k and v: wrong under grouped-query attention). We differ in the rest: what
-    rounding leaves over goes to channels, and scales and thresholds are paid from the same budget.
+    rounding leaves over goes to channels, and scales, thresholds and compensation are paid from the same budget.
     Raises SparsifyError where the budget does not even pay for the scales.
     """
     if sparsity == 0.0:
         # The whole budget in channels is the dense linear, exactly.
         return Candidate(sparsity, 1.0, 0, 1.0, "magnitude")
-    budget = (1.0 - sparsity) * shape.dense_bytes - shape.overhead_bytes(scaled=score != "magnitude")
+    overhead = shape.overhead_bytes(scaled=score != "magnitude", compensated=compensated)
+    budget = (1.0 - sparsity) * shape.dense_bytes - overhead
     if budget <= 0:
         raise SparsifyError(
             f"sparsity {sparsity} leaves {(1 - sparsity) * shape.dense_bytes:.0f} bytes for {name} "
-            f"[{shape.outputs}, {shape.inputs}], less than its thresholds and scales take: use a lower sparsity, "
-            "or method teal, which has no scales"
+            f"[{shape.outputs}, {shape.inputs}], less than its thresholds, scales and compensation take: use a lower "
+            "sparsity, or method teal without compensation, which has no scales"
         )
     inputs, outputs = shape.inputs, shape.outputs
     kept = inputs * (1.0 - sparsity)
@@ -81,7 +88,7 @@ def split_budget(name: str, shape: LinearShape, *, sparsity: float, rho: float, 
     rank = math.floor((kept * outputs - channels * outputs) / (inputs + outputs)) if rho < 1.0 else 0
     rank = min(rank, inputs, outputs, math.floor(budget / shape.low_rank_bytes(1)))
     density = (budget - shape.low_rank_bytes(rank)) / shape.dense_bytes
-    return Candidate(sparsity, rho, rank, min(density, 1.0), score)
+    return Candidate(sparsity, rho, rank, min(density, 1.0), score, compensated=compensated)
 
 
 def fill_budget(
@@ -103,6 +110,13 @@ def fill_budget(
         spent = sum(shares[name] * dense[name] for name in wishes)
         low, high = (low, c) if spent > budget else (c, high)
     return shares
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Returns value where it is a bool. Raises SparsifyError otherwise."""
+    if not isinstance(value, bool):
+        raise SparsifyError(f"{name} is {value!r}: it must be true or false")
+    return value
 
 
 def check_share(name: str, value: object, *, one_allowed: bool) -> float:

@@ -23,7 +23,8 @@ class LinearEntry:
 
     error is the mean of ‖y − ŷ‖² / ‖y‖² over tokens, on dense inputs; density is the calibrated share of channels a
     token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at;
-    cut says how each token's channels are cut where that is not by a fixed threshold (sparsify.token_cut).
+    cut says how each token's channels are cut where that is not by a fixed threshold (sparsify.token_cut); compensated
+    is true where sparse forwards have a bias of their own, which makes up for the mean of what they drop.
     """
 
     sparsity: float
@@ -34,6 +35,7 @@ class LinearEntry:
     error: float
     energy_ranks: list[int] | None = None
     cut: TokenCut | None = None
+    compensated: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The story of a conversion: targets → allocate → calibrate → fit → choose → swap.
 
 The allocation says which candidates each linear has: with `uniform`, the method's own at its sparsity. One pass over
-the calibration text streams score histograms, from which every candidate gets its threshold; a second pass over a
-part of it measures every candidate's output error, and each linear keeps its best.
+the calibration text streams score histograms, from which every candidate gets its threshold; where it was asked for,
+another one means what candidates drop; a pass over a part of it measures every candidate's output error, and each
+linear keeps its best.
 """
 
 from collections.abc import Mapping
@@ -46,6 +47,20 @@ class _Fit:
     lr_b: Tensor | None
     error: float = 0.0
     tokens: int = 0
+    # Sum of what was dropped [I] while the pass for compensation runs, then c = R·E[dropped] [O].
+    dropped_sum: Tensor | None = None
+    compensation: Tensor | None = None
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Returns the part of x [..., I] that it does not use, in fp32."""
+        return torch.where(self.keep(x), 0.0, x).float()
+
+    def missing(self, dropped: Tensor, weight: Tensor) -> Tensor:
+        """Returns R·dropped [..., O], R = W − L: what the output lacks; in fp32, as weight [O, I] is."""
+        missing = F.linear(dropped, weight)
+        if self.lr_a is not None and self.lr_b is not None:
+            missing = missing - F.linear(F.linear(dropped, self.lr_a.float()), self.lr_b.float())
+        return missing
 
     def keep(self, x: Tensor) -> Tensor:
         """Returns the channels that it uses of x [..., I], bool."""
@@ -80,6 +95,7 @@ def convert(
     chooser = allocation_of(allocation, method)
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
     fits = _fit(model, linears, choices, calibration, progress)
+    _compensate(model, linears, fits, calibration, progress)
     _measure_errors(model, linears, fits, calibration, progress)
     chosen = {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
     _swap(model, linears, chosen)
@@ -196,6 +212,39 @@ def _fit_candidate(
     return _Fit(candidate, threshold, linear.scale(candidate), *linear.factors(candidate.rank))
 
 
+def _compensate(
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    fits: Mapping[str, list[_Fit]],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> None:
+    """Runs the calibration text once more and sets c = R·E[(1−m)⊙x] of the candidates that give it back as a bias.
+
+    The mean is over all tokens, on dense inputs, as thresholds are; R = W − L.
+    """
+    mended = {name: [fit for fit in options if fit.candidate.compensated] for name, options in fits.items()}
+    modules = {name: linears[name].module for name, options in mended.items() if options}
+    if not modules:
+        return
+
+    def see(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        for fit in mended[name]:
+            total = fit.dropped(x).sum(0, dtype=torch.float64)
+            fit.dropped_sum = total if fit.dropped_sum is None else fit.dropped_sum + total
+            fit.tokens += len(x)
+
+    with hooked(modules, see):
+        run_batches(model, calibration.tokens, "compensate", progress)
+    for name in modules:
+        for fit in mended[name]:
+            if fit.dropped_sum is not None:
+                mean = (fit.dropped_sum / fit.tokens).float()
+                fit.compensation = fit.missing(mean, linears[name].weight.detach().float())
+            fit.dropped_sum, fit.tokens = None, 0
+
+
 def _measure_errors(
     model: PreTrainedModel,
     linears: Mapping[str, TargetLinear],
@@ -215,10 +264,9 @@ def _measure_errors(
         size = F.linear(x.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
         for fit in fits[name]:
             fit.tokens += len(x)
-            dropped = torch.where(fit.keep(x), 0.0, x).float()
-            missing = F.linear(dropped, weight)
-            if fit.lr_a is not None and fit.lr_b is not None:
-                missing = missing - F.linear(F.linear(dropped, fit.lr_a.float()), fit.lr_b.float())
+            missing = fit.missing(fit.dropped(x), weight)
+            if fit.compensation is not None:
+                missing = missing - fit.compensation
             fit.error += float((missing.square().sum(-1, dtype=torch.float64) / size).sum())
 
     step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
@@ -231,13 +279,18 @@ def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: M
     for name, linear in linears.items():
         fit = chosen[name]
         c = fit.candidate
-        layer = make_layer(linear.module, cut=c.cut, scaled=c.scaled, rank=c.rank, switch=switch)
+        layer = make_layer(
+            linear.module, cut=c.cut, scaled=c.scaled, rank=c.rank, compensated=c.compensated, switch=switch
+        )
         layer.threshold.fill_(fit.threshold)
         if layer.scale is not None and fit.scale is not None:
             layer.scale.copy_(fit.scale)
         if fit.lr_a is not None and fit.lr_b is not None and layer.lr_a is not None and layer.lr_b is not None:
             layer.lr_a.copy_(fit.lr_a)
             layer.lr_b.copy_(fit.lr_b)
+        if layer.sparse_bias is not None and fit.compensation is not None:
+            # The unfitted layer's is the dense bias, or 0; the sum is rounded once.
+            layer.sparse_bias.copy_(layer.sparse_bias.float() + fit.compensation)
         model.set_submodule(name, layer)
 
 
@@ -255,11 +308,13 @@ def _describe(
         c = chosen[name].candidate
         error = chosen[name].error / max(chosen[name].tokens, 1)
         ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
-        entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks, c.cut)
+        compensated = c.compensated or None
+        entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks, c.cut, compensated)
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=asdict(method),
+        # Not named where it is off: an older sparsify's methods do not know it.
+        method_config={key: value for key, value in asdict(method).items() if (key, value) != ("compensate", False)},
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=list(targets.left_dense),

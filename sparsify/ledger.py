@@ -30,6 +30,7 @@ class LinearBytes:
     rank: int
     density: float
     scaled: bool
+    compensated: bool = False
 
     @property
     def shape(self) -> LinearShape:
@@ -49,8 +50,10 @@ class LinearBytes:
 
     @property
     def overhead_bytes(self) -> int:
-        """Threshold and score scales; none in a linear that keeps every channel."""
-        return 0 if self.density >= 1.0 and not self.rank else self.shape.overhead_bytes(scaled=self.scaled)
+        """Threshold, score scales and compensation; none in a linear that keeps every channel."""
+        if self.density >= 1.0 and not self.rank and not self.compensated:
+            return 0
+        return self.shape.overhead_bytes(scaled=self.scaled, compensated=self.compensated)
 
     @property
     def touched_bytes(self) -> float:
@@ -102,7 +105,11 @@ class Ledger:
             "touched_bytes_per_token": self.touched_bytes,
             "rest_bytes_per_token": self.rest_bytes,
             "left_dense": list(self.left_dense),
-            "linears": [asdict(linear) for linear in self.linears],
+            "linears": [
+                # Readers that know no compensation refuse the key.
+                {k: v for k, v in asdict(linear).items() if k != "compensated" or v}
+                for linear in self.linears
+            ],
         }
 
     @classmethod
@@ -135,6 +142,7 @@ def ledger_of(model: PreTrainedModel) -> Ledger:
                 rank=layer.rank,
                 density=entry.density,
                 scaled=layer.scale is not None,
+                compensated=layer.sparse_bias is not None,
             )
         )
     return Ledger(config.sparsity, tuple(linears), rest_bytes(model), tuple(config.left_dense))

@@ -5,6 +5,7 @@ keeps its name and shape, so a checkpoint is still the dense model where this pa
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -42,13 +43,16 @@ class SparseLayer(nn.Module):
     scale: Tensor | None
     lr_a: Tensor | None
     lr_b: Tensor | None
+    sparse_bias: Tensor | None
     switch: SparsitySwitch
     backend: Backend
     backend_name: str | None
     # The share of channels that calibration text kept: a hint for choosing a kernel.
     density: float | None = None
 
-    def _add_buffers(self, inputs: int, outputs: int, *, scaled: bool, rank: int, switch: SparsitySwitch) -> None:
+    def _add_buffers(
+        self, inputs: int, outputs: int, *, scaled: bool, rank: int, compensated: bool, switch: SparsitySwitch
+    ) -> None:
         like = self.weight
         self.sparse_in, self.sparse_out, self.rank = inputs, outputs, rank
         # -1 keeps every channel: a layer without fitted tensors is the dense one.
@@ -58,6 +62,9 @@ class SparseLayer(nn.Module):
         for name, shape in (("lr_a", (rank, inputs)), ("lr_b", (outputs, rank))):
             factor = torch.zeros(shape, dtype=like.dtype, device=like.device) if rank else None
             self.register_buffer(name, factor)
+        # The bias of sparse forwards, the mean of what they drop in it; the dense model keeps its own.
+        mended = torch.zeros(outputs, dtype=like.dtype, device=like.device) if compensated else None
+        self.register_buffer("sparse_bias", mended)
         self.switch = switch
         self.bind()
 
@@ -84,10 +91,11 @@ class SparseLayer(nn.Module):
                 self.lr_b = self.lr_b.contiguous()
 
     def tensors(self) -> SparseTensors:
-        return SparseTensors(self.weight, self.bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
+        bias = self.bias if self.sparse_bias is None else self.sparse_bias
+        return SparseTensors(self.weight, bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
 
     def every_channel(self) -> SparseTensors:
-        """Returns the layer's tensors with every channel kept: its low rank has nothing left to do."""
+        """Returns the layer's tensors with every channel kept: low rank and compensation have nothing left to do."""
         return SparseTensors(self.tensors().weight, self.bias, self.threshold.new_full((), -1.0))
 
     def keep(self, x: Tensor) -> Tensor:
@@ -120,7 +128,7 @@ class SparseLayer(nn.Module):
 
 
 class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc]
-    """nn.Linear [O, I] with a channel threshold, an optional score scale and an optional low-rank rest."""
+    """nn.Linear [O, I] with a channel threshold, and optionally score scales, a low-rank rest, a compensated bias."""
 
     def __init__(
         self,
@@ -130,12 +138,13 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc]
         *,
         scaled: bool,
         rank: int,
+        compensated: bool = False,
         switch: SparsitySwitch,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
+        self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, compensated=compensated, switch=switch)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._run(x)
@@ -152,6 +161,7 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
         *,
         scaled: bool,
         rank: int,
+        compensated: bool = False,
         switch: SparsitySwitch,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -160,10 +170,10 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
             Conv1D.__init__(self, out_features, in_features)  # type: ignore[no-untyped-call]
         if dtype is not None:
             nn.Module._apply(self, lambda t: t.to(dtype))  # type: ignore[no-untyped-call]
-        self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, switch=switch)
+        self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, compensated=compensated, switch=switch)
 
     def tensors(self) -> SparseTensors:
-        return SparseTensors(self.weight.t(), self.bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
+        return replace(super().tensors(), weight=self.weight.t())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._run(x)
@@ -180,6 +190,7 @@ def make_sparse(
     *,
     scaled: bool,
     rank: int,
+    compensated: bool = False,
     switch: SparsitySwitch,
     kinds: tuple[type[SparseLinear], type[SparseConv1D]] = (SparseLinear, SparseConv1D),
 ) -> SparseLinear | SparseConv1D:
@@ -197,13 +208,21 @@ def make_sparse(
             linear.bias is not None,
             scaled=scaled,
             rank=rank,
+            compensated=compensated,
             switch=switch,
             device="meta",
             dtype=weight.dtype,
         )
     elif isinstance(linear, Conv1D):
         layer = kinds[1](
-            linear.nx, linear.nf, scaled=scaled, rank=rank, switch=switch, device="meta", dtype=weight.dtype
+            linear.nx,
+            linear.nf,
+            scaled=scaled,
+            rank=rank,
+            compensated=compensated,
+            switch=switch,
+            device="meta",
+            dtype=weight.dtype,
         )
     else:
         raise TypeError(f"{type(linear).__name__} is not a linear that can be made sparse")
@@ -222,3 +241,5 @@ def _materialise_buffers(layer: SparseLinear | SparseConv1D, device: torch.devic
     layer.threshold.fill_(-1.0)
     if layer.scale is not None:
         layer.scale.fill_(1.0)
+    if layer.sparse_bias is not None and layer.bias is not None:
+        layer.sparse_bias.copy_(layer.bias.detach())

@@ -37,6 +37,9 @@ class NativePlan:
         self.decoder: Any = model_.model
         self.dtype = model.dtype
         self._tensors: list[Tensor] = []
+        # Linears of the structs whose bias is another one in a dense step: (struct, sparse bias, dense bias or None).
+        self._biases: list[tuple[library.CLinear, int, int | None]] = []
+        self._run_dense = False
         blocks = list(self.decoder.layers)[: config.num_hidden_layers]
         self.head_dim = int(blocks[0].self_attn.head_dim)
         self.blocks = (library.CBlock * len(blocks))()
@@ -72,6 +75,9 @@ class NativePlan:
         )  # fmt: skip
         for name, module in zip(_LINEARS, modules, strict=True):
             setattr(c_block, name, self._linear(module))
+            if isinstance(module, SparseLinear) and module.sparse_bias is not None:
+                dense = None if module.bias is None else self._pointer(module.bias)
+                self._biases.append((getattr(c_block, name), self._pointer(module.sparse_bias), dense))
         c_block.attention_norm = self._pointer(block.input_layernorm.weight)
         c_block.mlp_norm = self._pointer(block.post_attention_layernorm.weight)
         if hasattr(attention, "q_norm"):
@@ -107,6 +113,10 @@ class NativePlan:
         """
         native = library.load()
         assert native is not None
+        if run_dense != self._run_dense:
+            self._run_dense = run_dense
+            for linear, sparse, dense in self._biases:
+                linear.bias = dense if run_dense else sparse
         flat = tokens.reshape(-1).to(torch.int64).contiguous()
         logits = torch.empty(len(flat), 1, self.vocabulary, dtype=self.dtype)
         status = native.sp_decode(

@@ -127,7 +127,14 @@ def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
         rows, columns = linear.weight.shape
         if entry.rank > min(rows, columns):
             raise CheckpointError(f"quantization_config gives {name} [{rows}, {columns}] the rank {entry.rank}")
-        layer = make_layer(linear, cut=entry.cut, scaled=entry.scaled, rank=entry.rank, switch=switch)
+        layer = make_layer(
+            linear,
+            cut=entry.cut,
+            scaled=entry.scaled,
+            rank=entry.rank,
+            compensated=bool(entry.compensated),
+            switch=switch,
+        )
         layer.density = entry.density
         model.set_submodule(name, layer)
 

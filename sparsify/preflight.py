@@ -23,7 +23,7 @@ from sparsify.strict import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADDED = ("threshold", "scale", "lr_a", "lr_b")
+ADDED = ("threshold", "scale", "lr_a", "lr_b", "sparse_bias")
 INDEX = "model.safetensors.index.json"
 
 # File, name in the file, shape and dtype of a tensor.
@@ -34,7 +34,7 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Checks the safetensors files against a model skeleton that has its sparse layers.
 
     Raises CheckpointError for a file outside the checkpoint's folder, an unreadable header, a missing, doubled,
-    misshapen or unexpected tensor, a wrong dtype, and for thresholds, scales or factors that are not finite.
+    misshapen or unexpected tensor, a wrong dtype, and for added tensors that are not finite.
     """
     paths = [Path(file) for file in files]
     source = model.config.name_or_path

@@ -75,12 +75,17 @@ _KINDS: dict[TokenCut, tuple[type[SparseLinear], type[SparseConv1D]]] = {
 
 
 def make_layer(
-    linear: nn.Module, *, cut: TokenCut | None, scaled: bool, rank: int, switch: SparsitySwitch
+    linear: nn.Module,
+    *,
+    cut: TokenCut | None,
+    scaled: bool,
+    rank: int,
+    compensated: bool = False,
+    switch: SparsitySwitch,
 ) -> SparseLinear | SparseConv1D:
     """Returns make_sparse's layer for a fixed threshold (cut None), or the one whose cut depends on the token.
 
     The latter's k or z is still to be set. Raises TypeError for another module than nn.Linear or Conv1D.
     """
-    if cut is None:
-        return make_sparse(linear, scaled=scaled, rank=rank, switch=switch)
-    return make_sparse(linear, scaled=scaled, rank=rank, switch=switch, kinds=_KINDS[cut])
+    kinds = (SparseLinear, SparseConv1D) if cut is None else _KINDS[cut]
+    return make_sparse(linear, scaled=scaled, rank=rank, compensated=compensated, switch=switch, kinds=kinds)

@@ -39,12 +39,13 @@ class Problem:
         return method.candidates(name, self.shapes[name])
 
     def least_shares(self) -> dict[str, float]:
-        """Returns the smallest share that an allocation may give each linear: scales, and a tenth of uniform's rest."""
+        """Returns the smallest share that an allocation may give a linear: overhead, and a tenth of uniform's rest."""
         uniform = 1.0 - self.method.sparsity
         least = {}
         for name, shape in self.shapes.items():
-            scaled = any(candidate.scaled for candidate in self.offers(name, uniform))
-            overhead = shape.overhead_bytes(scaled=scaled) / shape.dense_bytes
+            offers = self.offers(name, uniform)
+            scaled, compensated = any(c.scaled for c in offers), any(c.compensated for c in offers)
+            overhead = shape.overhead_bytes(scaled=scaled, compensated=compensated) / shape.dense_bytes
             least[name] = overhead + 0.1 * (uniform - overhead)
         return least
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import yaml
 
-from sparsify.budget import Candidate, LinearShape, Score, check_share, split_budget
+from sparsify.budget import Candidate, LinearShape, Score, check_flag, check_share, split_budget
 from sparsify.errors import SparsifyError, suggest
 from sparsify.methods import Facts
 
@@ -45,16 +45,19 @@ class RSparse:
     TEAL's "magnitude", "residual-norm" (the column norms of W − L, what dropping a channel really costs),
     "published-code", which takes the magnitude where rho is 1 as the public code does, or "auto", which offers all.
     recipe: a file of per-linear (sparsity, rho) or the mapping {linear: {"sparsity": s, "rho": rho}}; linears that a
-    mapping does not name take `sparsity` and `rho`.
+    mapping does not name take `sparsity` and `rho`. compensate: give the mean of what neither channels nor low rank
+    bring back as a bias (docs/allocation.md).
     """
 
     sparsity: float
     rho: float | str = "auto"
     score: str = "column-norm"
     recipe: Recipe | str | None = None
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
+        check_flag("compensate", self.compensate)
         if self.rho != "auto":
             if isinstance(self.rho, str):
                 raise SparsifyError(f"rho is {self.rho!r}: it must be a number in [0, 1] or 'auto'")
@@ -83,7 +86,9 @@ class RSparse:
         found: dict[tuple[int, Score], Candidate] = {}
         for value in rhos:
             for score in self._scores(value):
-                candidate = split_budget(name, shape, sparsity=sparsity, rho=value, score=score)
+                candidate = split_budget(
+                    name, shape, sparsity=sparsity, rho=value, score=score, compensated=self.compensate
+                )
                 found.setdefault((candidate.rank, score), candidate)
         return tuple(found.values())
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+from sparsify.budget import Candidate, LinearShape, check_flag, check_share, split_budget
 from sparsify.methods import Facts
 
 SUMMARY = "input magnitude above the token's own mean + z·std, z from calibration"
@@ -25,12 +25,17 @@ FACTS = Facts(
 
 @dataclass(frozen=True)
 class StatisticalTopK:
-    """Statistical top-k at one sparsity (share of each linear's weight bytes that tokens do not touch on average)."""
+    """Statistical top-k at one sparsity (share of each linear's weight bytes that tokens do not touch on average).
+
+    compensate: give the mean of what is dropped back as a bias (docs/allocation.md).
+    """
 
     sparsity: float
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
+        check_flag("compensate", self.compensate)
 
     @property
     def name(self) -> str:
@@ -40,7 +45,9 @@ class StatisticalTopK:
         return self
 
     def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        split = split_budget(name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude")
+        split = split_budget(
+            name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
+        )
         return (split if split.density == 1.0 else replace(split, cut="mean-std"),)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+from sparsify.budget import Candidate, LinearShape, check_flag, check_share, split_budget
 from sparsify.methods import Facts
 
 SUMMARY = "input magnitude against a calibrated threshold, the same sparsity in every linear"
@@ -23,12 +23,17 @@ FACTS = Facts(
 
 @dataclass(frozen=True)
 class Teal:
-    """TEAL at one sparsity (share of each linear's weight bytes that a token does not touch)."""
+    """TEAL at one sparsity (share of each linear's weight bytes that a token does not touch).
+
+    compensate: give the mean of what is dropped back as a bias (docs/allocation.md).
+    """
 
     sparsity: float
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
+        check_flag("compensate", self.compensate)
 
     @property
     def name(self) -> str:
@@ -38,7 +43,10 @@ class Teal:
         return self
 
     def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        return (split_budget(name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude"),)
+        split = split_budget(
+            name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
+        )
+        return (split,)
 
 
 METHOD = Teal

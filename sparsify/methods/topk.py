@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from sparsify.budget import Candidate, LinearShape, check_share, split_budget
+from sparsify.budget import Candidate, LinearShape, check_flag, check_share, split_budget
 from sparsify.errors import SparsifyError
 from sparsify.methods import Facts
 
@@ -26,12 +26,17 @@ FACTS = Facts(
 
 @dataclass(frozen=True)
 class TopK:
-    """Top-k at one sparsity (share of each linear's weight bytes that a token does not touch)."""
+    """Top-k at one sparsity (share of each linear's weight bytes that a token does not touch).
+
+    compensate: give the mean of what is dropped back as a bias (docs/allocation.md).
+    """
 
     sparsity: float
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
+        check_flag("compensate", self.compensate)
 
     @property
     def name(self) -> str:
@@ -41,7 +46,9 @@ class TopK:
         return self
 
     def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        split = split_budget(name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude")
+        split = split_budget(
+            name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
+        )
         if split.density == 1.0:
             return (split,)
         k = math.floor(split.density * shape.inputs)
