@@ -7,7 +7,7 @@ dense model has are touched either way and left out.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparsify.errors import SparsifyError
@@ -89,6 +89,15 @@ def split_budget(
     rank = min(rank, inputs, outputs, math.floor(budget / shape.low_rank_bytes(1)))
     density = (budget - shape.low_rank_bytes(rank)) / shape.dense_bytes
     return Candidate(sparsity, rho, rank, min(density, 1.0), score, compensated=compensated)
+
+
+def uncompensated(candidate: Candidate, shape: LinearShape) -> Candidate:
+    """Returns the candidate without compensation at the same bytes: they go to channels."""
+    if not candidate.compensated:
+        return candidate
+    spared = shape.overhead_bytes(scaled=False, compensated=True) - shape.overhead_bytes(scaled=False)
+    density = min(1.0, candidate.density + spared / shape.dense_bytes)
+    return replace(candidate, density=density, compensated=False)
 
 
 def fill_budget(

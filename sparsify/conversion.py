@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from sparsify import __version__
 from sparsify.allocation import Allocation, Choices, Problem, allocation_of
-from sparsify.budget import Candidate, LinearShape, Score
+from sparsify.budget import Candidate, LinearShape, Score, uncompensated
 from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
+from sparsify.compensation import learn_compensation
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask, scores
@@ -30,7 +31,7 @@ from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
 from sparsify.token_cut import TokenCut, counted_scores, cut_mask, fitted_number
 from sparsify.token_layer import make_layer
-from sparsify.trial import TargetLinear
+from sparsify.trial import TargetLinear, Trial
 
 # Windows of the calibration text on which candidates are compared.
 _ERROR_WINDOWS = 8
@@ -94,10 +95,17 @@ def convert(
     linears = _prepare(model, targets, shapes)
     chooser = allocation_of(allocation, method)
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
+    learns = bool(getattr(method, "learns_compensation", False))
+    if learns:
+        # Without it, its bytes are channels.
+        choices = {name: (*c, *(uncompensated(o, shapes[name]) for o in c)) for name, c in choices.items()}
     fits = _fit(model, linears, choices, calibration, progress)
-    _compensate(model, linears, fits, calibration, progress)
+    if not learns:
+        _compensate(model, linears, fits, calibration, progress)
     _measure_errors(model, linears, fits, calibration, progress)
-    chosen = {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
+    chosen = _best(fits)
+    if learns:
+        chosen = _learn(model, linears, fits, calibration, progress)
     _swap(model, linears, chosen)
     _describe(model, method, chooser, calibration, targets, linears, chosen)
     return model
@@ -243,6 +251,35 @@ def _compensate(
                 mean = (fit.dropped_sum / fit.tokens).float()
                 fit.compensation = fit.missing(mean, linears[name].weight.detach().float())
             fit.dropped_sum, fit.tokens = None, 0
+
+
+def _best(fits: Mapping[str, list[_Fit]]) -> dict[str, _Fit]:
+    return {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
+
+
+def _learn(
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    fits: Mapping[str, list[_Fit]],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[str, _Fit]:
+    """Learns the compensation of the best compensated fits; returns them, or the best of the others if it is no help."""
+    mended = _best({name: [fit for fit in options if fit.candidate.compensated] for name, options in fits.items()})
+    trial = Trial(model, linears)
+    trial.place({name: fit.candidate for name, fit in mended.items()})
+    for name, fit in mended.items():
+        trial.placed[name].threshold = fit.threshold
+    learned = learn_compensation(trial, calibration, progress)
+    if not learned.compensation:
+        return _best(
+            {name: [fit for fit in options if not fit.candidate.compensated] for name, options in fits.items()}
+        )
+    for name, fit in mended.items():
+        fit.compensation = learned.compensation[name]
+        fit.error, fit.tokens = 0.0, 0
+    _measure_errors(model, linears, {name: [fit] for name, fit in mended.items()}, calibration, None)
+    return mended
 
 
 def _measure_errors(

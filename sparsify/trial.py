@@ -80,7 +80,10 @@ Observer = Callable[[str, Call], Callable[[Tensor], None]]
 
 @dataclass
 class Placed:
-    """A candidate with its tensors; histogram and threshold are what `calibrating` saw last."""
+    """A candidate with its tensors; histogram and threshold are what `calibrating` saw last.
+
+    compensation [O] in fp32 is added to the output, and may be learned.
+    """
 
     candidate: Candidate
     lr_a: Tensor | None
@@ -88,6 +91,7 @@ class Placed:
     scale: Tensor | None
     histogram: ScoreHistogram | None = None
     threshold: float = -1.0
+    compensation: Tensor | None = None
 
     def scores(self, x: Tensor) -> Tensor:
         """Returns the scores [T, I] in fp32 of an input [..., I]."""
@@ -154,6 +158,8 @@ class Trial:
                 y = sparse_linear(x, tensors)
             if torch.is_grad_enabled() and x.requires_grad:
                 y = _StraightThrough.apply(x, y, linear.weight)  # type: ignore[no-untyped-call]
+            if placed.compensation is not None:
+                y = y + placed.compensation.to(y.dtype)
             if self.observer is not None and y.requires_grad:
                 call = Call(x.detach().reshape(-1, x.shape[-1]), placed.scores(x))
                 see_gradient = self.observer(name, call)

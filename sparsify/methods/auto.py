@@ -36,11 +36,16 @@ class Auto:
         """The allocation where a conversion asks for none: what makes this method's choices."""
         return "sensitivity"
 
+    @property
+    def learns_compensation(self) -> bool:
+        """Whether a conversion learns the compensation of this method's candidates (sparsify.compensation)."""
+        return True
+
     def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
         return self
 
     def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        return RSparse(self.sparsity, rho="auto", score="auto").candidates(name, shape)
+        return RSparse(self.sparsity, rho="auto", score="auto", compensate=True).candidates(name, shape)
 
 
 METHOD = Auto
