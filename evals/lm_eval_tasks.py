@@ -121,7 +121,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     if include_path is not None:
         # Reading lm-eval's own 14,000 definitions takes ten seconds: not where nobody asks for one.
         own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if set(names) <= set(own.all_subtasks):
+        if all(_is_complete(name, own.task_index) for name in names):
             return own
     return TaskManager(include_path=None if include_path is None else str(include_path))
 
@@ -131,19 +131,33 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {', '.join(near)}?" if near else " `lm_eval ls tasks` lists all"
 
 
+def _is_complete(name: str, index: dict[str, Any]) -> bool:
+    """Whether the index holds a task, group or tag and all that is below it."""
+    return name in index and all(_is_complete(child, index) for child in _children(index[name]))
+
+
 def _leaves(name: str, index: dict[str, Any]) -> Iterator[str]:
     """Yields the single tasks below a task, group or tag that the index knows."""
-    entry = index.get(name)
-    if entry is None:
-        return
-    children: Any = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
-    if isinstance(children, str) or children is None:
-        yield name
-        return
-    for child in children:
-        below = child if isinstance(child, str) else child.get("task", child.get("group"))
-        for leaf in [below] if isinstance(below, str) else below:
-            yield from _leaves(leaf, index)
+    if name in index:
+        children = _children(index[name])
+        if not children:
+            yield name
+        for child in children:
+            yield from _leaves(child, index)
+
+
+def _children(entry: Any) -> list[str]:
+    """Returns the names below a group or tag; none of a single task."""
+    return sorted(entry.tags) if entry.kind.name == "TAG" else _named((entry.cfg or {}).get("task"))
+
+
+def _named(members: Any) -> list[str]:
+    """Returns the names in a group's list of members, also of groups that are written out in it."""
+    names: list[str] = []
+    for member in members if isinstance(members, list) else []:
+        inside = member if isinstance(member, str) else member.get("task", member.get("group"))
+        names += [inside] if isinstance(inside, str) else _named(inside)
+    return names
 
 
 def _with_local_data(entry: Any, data: Path, scratch: Path, num_fewshot: int | None) -> Any:
@@ -182,15 +196,20 @@ def _with_local_data(entry: Any, data: Path, scratch: Path, num_fewshot: int | N
 
 
 def _load(manager: Any, names: list[str]) -> Any:
+    import datasets
+    import jinja2
+
+    bad = (ValueError, TypeError, LookupError, AttributeError, datasets.exceptions.DatasetsError, jinja2.TemplateError)
     try:
         return manager.load(names)
     except ImportError as problem:
         raise UnavailableError(f"a task of {', '.join(names)} needs a package that is not here: {problem}") from problem
     except OSError as problem:
         raise UnavailableError(f"the data of {', '.join(names)} cannot be loaded: {problem}. {_ADVICE}") from problem
-    except (ValueError, TypeError, LookupError, AttributeError) as problem:
+    except bad as problem:
         raise SparsifyError(
-            f"{', '.join(names)} cannot be loaded ({type(problem).__name__}: {problem}). {_ADVICE}"
+            f"{', '.join(names)} cannot be loaded ({type(problem).__name__}: {problem}): check the data's fields and "
+            "the task's file; name one task at a time"
         ) from problem
 
 

@@ -213,6 +213,27 @@ def test_no_hub_and_no_local_data_is_one_error(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("rows", ['{"goal": "To cut"', '{"question": "of another task"}\n'], ids=["no-json", "fields"])
+def test_data_that_are_not_the_tasks_are_one_error(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text(rows)
+    with pytest.raises(SparsifyError, match="piqa cannot be loaded"), load_tasks(["piqa"], data=tmp_path):
+        pass
+
+
+def test_a_group_is_scored_as_a_whole_too(tiny_sparse: Path, own_tasks: Path) -> None:
+    (own_tasks / "group.yaml").write_text(
+        "group: both\ntask: [sums, {group: inner, task: [write_sums]}]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (own_tasks / "tagged.yaml").write_text("include: text.yaml\ntask: tagged_text\ntag: texts\n")
+    result = _run(tiny_sparse, load_tasks(["both", "texts"], include_path=own_tasks), limit=2)
+    assert set(result["tasks"]) == {"sums", "write_sums", "tagged_text"}
+    assert _score(result, "both", "acc")["sparse"] == _score(result, "sums", "acc")["sparse"]
+
+
+@pytest.mark.slow
 def test_suites_name_tasks_that_lm_eval_has(index: Any) -> None:
     for suite in SUITES.values():
         assert set(suite.tasks) <= set(index.all_subtasks)
