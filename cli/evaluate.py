@@ -91,7 +91,7 @@ def evaluate(
     if tasks is not None:
         _refuse("--tasks does not take", {"--text": text, "--seq-len": seq_len, "--stride": stride})
         return evaluate_tasks(
-            models, tasks.split(","), flags, output,
+            models, [name.strip() for name in tasks.split(",")], flags, output,
             only_dense=dense, protocol=protocol, limit=limit, batch_size=batch_size,
             dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code,
         )  # fmt: skip

@@ -30,7 +30,7 @@ class Suite:
 
 
 SUITES = {
-    # arXiv 2504.19449, section 4.1: eight common-sense tasks, one summarization, one language modelling task.
+    # arXiv 2504.19449: eight common-sense tasks, summarization (XSum) and language modelling (WikiText-2).
     "rsparse-suite": Suite(
         ("winogrande", "piqa", "sciq", "openbookqa", "hellaswag", "boolq", "arc_easy", "arc_challenge", "wikitext"),
         {"xsum": "lm-eval has it only through the unitxt package, with another prompt"},

@@ -48,7 +48,7 @@ def test_human_output_fits_and_is_saved_as_json(
 
 
 def test_json_goes_to_stdout_alone(run: Run, checkpoint: Path, tasks: Path) -> None:
-    flags = ["--tasks", "local_code", "--include-path", tasks, "--protocol", "decode", "--log-samples"]
+    flags = ["--tasks", " local_code , local_code", "--include-path", tasks, "--protocol", "decode", "--log-samples"]
     data = json.loads(run("eval", checkpoint, *flags, "--format", "json").stdout)
     (entry,) = data["models"]
     assert data["protocol"] == entry["protocol"] == "decode"

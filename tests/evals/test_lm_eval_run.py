@@ -117,6 +117,18 @@ def test_decode_measures_other_tokens_than_every_token(tiny_sparse: Path, own_ta
         assert one["prompt_hash"] == two["prompt_hash"]
 
 
+def test_the_difference_is_of_the_same_documents(tiny_sparse: Path, own_tasks: Path) -> None:
+    result = _run(tiny_sparse, load_tasks(["sums"], include_path=own_tasks), log_samples=True)
+    score = _score(result, "sums", "acc_norm")
+    dense, sparse = (
+        torch.tensor([s["acc_norm"] for s in result["lm_eval"][side]["samples"]["sums"]], dtype=torch.float64)
+        for side in ("dense", "sparse")
+    )
+    assert score["difference"] == pytest.approx(float((sparse - dense).mean()))
+    assert score["difference_stderr"] == pytest.approx(float((sparse - dense).std() / 6**0.5))
+    assert score["documents_changed"] == int((sparse != dense).sum())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_at_sparsity_0_scores_exactly_as_the_dense_model(
     tiny_dense: Path, own_tasks: Path, tmp_path: Path, dtype: str
