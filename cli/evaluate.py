@@ -1,4 +1,4 @@
-"""`sparsify eval`: perplexity of models on a text, dense and sparse on the same tokens."""
+"""`sparsify eval`: perplexity of models on a text, or lm-eval tasks, dense and sparse on the same tokens."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,10 +7,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from sparsify.cli.evaluate_tasks import TaskFlags, evaluate_tasks
 from sparsify.cli.loading import BackendOption, DeviceOption, DtypeOption, Loaded, TrustOption, load, made_from
 from sparsify.cli.measurement import measure
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, byte_count, make_table, percent
 from sparsify.cli.progress import Progress
+from sparsify.errors import SparsifyError
 
 if TYPE_CHECKING:
     from sparsify.text import Text, Windows
@@ -38,7 +40,9 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         Literal["every-token", "decode"],
-        typer.Option(help="every-token: all tokens sparse. decode: dense first half as a prompt, sparse second half."),
+        typer.Option(
+            help="every-token: all tokens sparse. decode: dense first half, or context, as a prompt, the rest sparse."
+        ),
     ] = "every-token",
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens in a window.", show_default=f"{_LONGEST}, or the model's longest if less")
@@ -46,8 +50,26 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="no overlap")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Windows at most.", show_default="all of the text")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(help="Windows, or documents of each task, at most.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests, at once.")] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Instead of perplexity: lm-eval tasks, such as hellaswag,arc_easy."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question.", show_default="the task's own")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with task files of your own.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Read the tasks' data from DIR/TASK/SPLIT.jsonl, not the hub.")
+    ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Keep every document and answer in the JSON.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     backend: BackendOption = None,
@@ -55,15 +77,25 @@ def evaluate(
     format: FormatOption = Format.human,
     save: SaveOption = None,
 ) -> None:
-    """Measure perplexity, dense and sparse on the same tokens.
+    """Measure perplexity or lm-eval tasks, dense and sparse on the same tokens.
 
     For a converted checkpoint the dense side is the same weights with sparsity
     switched off. Realised sparsity is what the text really left out, by the byte.
 
     [dim]$[/] sparsify eval reference-50
     [dim]$[/] sparsify eval reference-50 --text notes.txt --protocol decode --seq-len 512
+    [dim]$[/] sparsify eval reference-50 --tasks hellaswag,piqa --limit 200 --save tasks.json
     """
     output = Output(format, save)
+    flags = TaskFlags(num_fewshot, include_path, task_data, log_samples)
+    if tasks is not None:
+        _refuse("--tasks does not take", {"--text": text, "--seq-len": seq_len, "--stride": stride})
+        return evaluate_tasks(
+            models, [name.strip() for name in tasks.split(",")], flags, output,
+            only_dense=dense, protocol=protocol, limit=limit, batch_size=batch_size,
+            dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    _refuse("perplexity does not take", flags.given())
     with output.working(), Progress() as progress:
         from sparsify.text import default_evaluation_text, read_text
 
@@ -86,6 +118,12 @@ def evaluate(
             del loaded
     result = {"text": why, "protocol": protocol, "models": results}
     output.emit(result, lambda console: _render(console, result))
+
+
+def _refuse(said: str, flags: dict[str, object]) -> None:
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            raise SparsifyError(f"{said} {name}: leave it out, or {'add' if 'perplexity' in said else 'drop'} --tasks")
 
 
 def _windows(loaded: Loaded, text: "Text", seq_len: int | None, stride: int | None, limit: int | None) -> "Windows":

@@ -5,6 +5,7 @@ programs that start others (torchrun, accelerate launch) need the entry point in
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import runpy
 import shutil
@@ -35,10 +36,14 @@ def execute(
 
     [dim]$[/] sparsify exec -- lm_eval --model hf --model_args pretrained=out --tasks piqa
 
+    [dim]$[/] sparsify exec -- lm_eval --model sparsify --model_args pretrained=out,protocol=decode --tasks piqa
+
     [dim]$[/] sparsify exec -- python -m my.tool out
     """
     run = resolve(command)
     install()
+    if any(Path(part).name in ("lm_eval", "lm-eval") for part in command):
+        _add_model_type()
     run()
 
 
@@ -120,6 +125,18 @@ def _set_command_line(arguments: list[str], folder: str) -> None:
     sys.argv = arguments
     if not sys.flags.safe_path:
         sys.path[0] = folder
+
+
+def _add_model_type() -> None:
+    """Lets lm_eval know its model type `sparsify`; where it is not installed there is nothing to tell."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return
+    # lm_eval fills its registry with its own types only where it finds it empty.
+    import lm_eval.models  # noqa: F401
+    from lm_eval.api.registry import model_registry
+
+    if "sparsify" not in model_registry:
+        model_registry.register("sparsify", target="sparsify.evals.lm_eval_model:SparsifyLM")
 
 
 def _is_python(name: str) -> bool:

@@ -5,7 +5,7 @@ score. decode: the first half of each window is a dense prefill into a KV cache,
 that cache, in one forward. Scored: the tokens that a sparse position predicts, which is the second half without its
 first token (the prefill predicts that one). Compare with a dense baseline of the same protocol: the same call inside
 `sparsify.runtime.dense(model)`, or with the dense model. Numbers of different protocols never mix.
-Not covered: sliding contexts longer than a window, and accuracy tasks (lm-eval runs on a saved checkpoint).
+Not covered: sliding contexts longer than a window, and accuracy tasks (`lm_eval_run`).
 """
 
 import math
@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsify.errors import SparsifyError, suggest
 from sparsify.models import check_context
-from sparsify.runtime import dense, set_prefill, sparse_layers, switch_of
+from sparsify.runtime import dense, sparse_layers, switch_of, with_prefill
 from sparsify.text import Windows
 
 Protocol = Literal["every-token", "decode"]
@@ -108,18 +108,17 @@ def perplexity(
     )
 
 
-@contextmanager
-def every_token_sparse(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a converted model also runs forwards of many tokens sparse, whatever prefill it is set to."""
-    before = switch_of(model).prefill if sparse_layers(model) else "sparse"
-    if before == "sparse":
-        yield
-        return
-    set_prefill(model, "sparse")
-    try:
-        yield
-    finally:
-        set_prefill(model, before)
+def decode_logits(model: PreTrainedModel, batch: Tensor, prompt: int) -> Tensor:
+    """Returns logits [B, S, V] of tokens [B, S]: the first `prompt` dense into a cache, the rest sparse on it.
+
+    The logits of the prompt are zeros. Under `dense(model)` all tokens run dense, in the same two forwards.
+    """
+    cache = DynamicCache(config=model.config)
+    with dense(model):
+        model(input_ids=batch[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    with with_prefill(model, "sparse"):
+        logits: Tensor = model(input_ids=batch[:, prompt:], past_key_values=cache, use_cache=True).logits
+    return F.pad(logits, (0, 0, prompt, 0))
 
 
 @contextmanager
@@ -127,7 +126,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.train(False)
     try:
-        with every_token_sparse(model):
+        with with_prefill(model, "sparse"):
             yield
     finally:
         model.train(was_training)
@@ -139,13 +138,7 @@ def _every_token_logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
 
 
 def _decode_logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Returns logits [B, S, V]; the first half's are zeros, they are not scored."""
-    half = batch.shape[1] // 2
-    cache = DynamicCache(config=model.config)
-    with dense(model):
-        model(input_ids=batch[:, :half], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: Tensor = model(input_ids=batch[:, half:], past_key_values=cache, use_cache=True).logits
-    return F.pad(logits, (0, 0, half, 0))
+    return decode_logits(model, batch, batch.shape[1] // 2)
 
 
 def _nll(logits: Tensor, batch: Tensor, scored: Tensor) -> float:

@@ -62,6 +62,20 @@ def set_prefill(model: nn.Module, prefill: str) -> None:
         switch.prefill_hook = model.register_forward_pre_hook(_notice_prefill, with_kwargs=True)
 
 
+@contextmanager
+def with_prefill(model: nn.Module, prefill: str) -> Iterator[None]:
+    """Inside, forwards of many tokens run "sparse" or "dense", whatever the model is set to; no-op if it is dense."""
+    before = switch_of(model).prefill if sparse_layers(model) else prefill
+    if before == prefill:
+        yield
+        return
+    set_prefill(model, prefill)
+    try:
+        yield
+    finally:
+        set_prefill(model, before)
+
+
 def _notice_prefill(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     model.sparsity_switch.in_prefill = _tokens_per_sequence(args, kwargs) > 1
 

@@ -83,9 +83,9 @@ def test_plain_from_pretrained(checkpoint: Path, autoload: str, sparse: int) -> 
     assert done.stdout == f"{sparse}\n", done.stderr
 
 
-def _word_perplexity(checkpoint: Path, tasks: Path, out: Path, *command: str, autoload: str) -> float:
+def _word_perplexity(checkpoint: Path, tasks: Path, out: Path, *command: str, kind: str, autoload: str) -> float:
     """Runs lm_eval on the local task in a fresh process and returns what it measured."""
-    options = ["--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32", "--device", "cpu"]
+    options = ["--model", kind, "--model_args", f"pretrained={checkpoint},dtype=float32", "--device", "cpu"]
     options += ["--include_path", str(tasks), "--tasks", "local", "--batch_size", "1", "--output_path", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", *command, *options],
@@ -117,15 +117,20 @@ def _expected(checkpoint: Path) -> tuple[float, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "autoload"),
-    [(("lm_eval",), "1"), (("sparsify.cli.main", "exec", "--", "lm_eval"), "0")],
-    ids=["installed", "exec"],
+    ("command", "kind", "autoload"),
+    [
+        (("lm_eval",), "hf", "1"),
+        (("sparsify.cli.main", "exec", "--", "lm_eval"), "hf", "0"),
+        (("sparsify.cli.main", "exec", "--", "lm_eval"), "sparsify", "0"),
+    ],
+    ids=["installed", "exec", "exec-model-type"],
 )
 def test_unmodified_lm_eval_measures_the_sparse_model(
-    command: tuple[str, ...], autoload: str, checkpoint: Path, tasks: Path, tmp_path: Path
+    command: tuple[str, ...], kind: str, autoload: str, checkpoint: Path, tasks: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'sparsify-llm[eval]'")
     sparse, dense = _expected(checkpoint)
     assert abs(sparse / dense - 1) > 0.01
     # fp32 sums in another order; and the JSON carries every digit.
-    assert _word_perplexity(checkpoint, tasks, tmp_path, *command, autoload=autoload) == pytest.approx(sparse, rel=1e-4)
+    measured = _word_perplexity(checkpoint, tasks, tmp_path, *command, kind=kind, autoload=autoload)
+    assert measured == pytest.approx(sparse, rel=1e-4)
