@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     out: Annotated[
-        Path, typer.Option(help="The results, FILE.json; cells in it are kept. FILE.md is the table.", metavar="FILE")
+        Path, typer.Option(help="The results, FILE.json; cells in it are kept. The table is FILE.md.", metavar="FILE")
     ],
     model: Annotated[
         str | None,
@@ -89,6 +89,9 @@ def compare(
     ] = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
+    plot: Annotated[
+        bool, typer.Option("--plot/--no-plot", help="Draw FILE.png and FILE.svg; takes matplotlib.")
+    ] = True,
     format: FormatOption = Format.human,
 ) -> None:
     """Compare methods on one model, text and protocol.
@@ -108,15 +111,18 @@ def compare(
     }  # fmt: skip
     output = Output(format)
     with output.working(), Progress() as progress:
+        from sparsify.evals.comparison_plot import check_plot
         from sparsify.evals.comparison_summary import sections
         from sparsify.evals.recipe import Recipe, read_recipe
 
         _check_out(out)
+        if plot:
+            check_plot()
         base = Recipe() if recipe is None else read_recipe(recipe)
         plan = base.updated({name: value for name, value in given.items() if value is not None}, source="flags")
         cells = _cells(plan, out, device, trust_remote_code, progress)
         found = sections(cells)
-        written = _write(out, cells)
+        written = _write(out, cells, plot=plot)
     result = {"out": str(out), "written": written, "sections": [_summary(section) for section in found]}
     output.emit(result, lambda console: _render(console, result))
 
@@ -174,12 +180,16 @@ def _cells(plan: "Recipe", out: Path, device: str | None, trust: bool, progress:
     )  # fmt: skip
 
 
-def _write(out: Path, cells: "list[Cell]") -> list[str]:
+def _write(out: Path, cells: "list[Cell]", *, plot: bool) -> list[str]:
+    """Writes table and plot beside the results; returns their paths."""
+    from sparsify.evals.comparison_plot import save_plot
+    from sparsify.evals.comparison_summary import sections
     from sparsify.evals.comparison_table import render
 
-    table = out.with_suffix(".md")
+    table, pictures = out.with_suffix(".md"), [out.with_suffix(suffix) for suffix in (".png", ".svg")]
     table.write_text(render(cells), encoding="utf-8")
-    return [str(table)]
+    drawn = plot and save_plot(sections(cells), pictures)
+    return [str(path) for path in (table, *(pictures if drawn else ()))]
 
 
 def _summary(section: "Section") -> dict[str, Any]:

@@ -94,8 +94,10 @@ def _sparsity(model: PreTrainedModel, realised: RealisedDensity) -> dict[str, An
     }
 
 
-def _drift(drifts: dict[str, float]) -> dict[str, Any]:
+def _drift(drifts: dict[str, float]) -> dict[str, Any] | None:
     """Returns the mean of realised minus calibrated density over linears, and the linear furthest from 0."""
+    if not drifts:
+        return None
     worst = max(drifts, key=lambda name: abs(drifts[name]))
     return {"mean": sum(drifts.values()) / len(drifts), "worst": {"linear": worst, "drift": drifts[worst]}}
 

@@ -174,14 +174,15 @@ def _details(section: Section) -> Iterator[str]:
 
 def _detail(entry: Entry) -> str:
     results = [cell["result"] for cell in entry.cells]
-    worst = max((result["drift"]["worst"] for result in results), key=lambda worst: abs(worst["drift"]))
+    drifts = [result["drift"] for result in results if result["drift"] is not None]
+    worst = max((drift["worst"] for drift in drifts), key=lambda worst: abs(worst["drift"]), default=None)
     columns = [
         entry.method,
         f"{entry.sparsity:.0%}",
         f"{_mean(results, lambda r: r['weighted_sparsity']):.1%}",
         f"{_mean(results, lambda r: r['realised_sparsity']):.1%}",
-        f"{100 * _mean(results, lambda r: r['drift']['mean']):+.1f}",
-        f"{100 * worst['drift']:+.1f} {worst['linear']}",
+        f"{100 * _mean(drifts, lambda drift: drift['mean']):+.1f}" if drifts else _DASH,
+        f"{100 * worst['drift']:+.1f} {worst['linear']}" if worst else _DASH,
         f"{_mean(results, lambda r: r['quality']['bits_per_byte']):.4f}",
         f"{_mean(results, lambda r: sum(e['rho'] for e in r['linears']) / len(r['linears'])):.3f}",
         f"{_mean(results, lambda r: sum(e['rank'] > 0 for e in r['linears'])):.0f} of {len(results[0]['linears'])}",

@@ -1,6 +1,7 @@
 """`sparsify compare`: as a user types it, stopped and gone on with, and what it refuses."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,21 @@ def flags(dense_model: Path, text_file: Path) -> list[str | Path]:
     """A comparison of the tiny model that takes seconds."""
     texts = ["--calibration", text_file, "--text", text_file]
     sizes = ["--sequences", "4", "--seq-len", "32", "--limit", "3"]
-    return [dense_model, "--methods", "teal,wina", "--sparsity", "0.25,0.5", *texts, *sizes]
+    return [dense_model, "--methods", "teal,wina", "--sparsity", "0.25,0.5", *texts, *sizes, "--no-plot"]
 
 
 def test_table_and_json(run: Run, flags: list[str | Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "c.json"
     result = run("compare", *flags, "--seeds", "2", "--protocol", "every-token,decode", "--out", out)
     assert result.exit_code == 0, result.output
-    assert max(map(len, result.stdout.splitlines()[:-4])) <= 80
+    assert max(map(len, result.stdout.splitlines()[:-2])) <= 80
     assert "18/18 tiny, wina 50%, seed 1, decode: perplexity" in result.stderr
     assert len(read_cells(out)) == 18
     table = out.with_suffix(".md").read_text(encoding="utf-8")
     for words in ("## tiny, every-token", "## tiny, decode", "| method | 25% | 50% |", "over 2 seeds", "**"):
         assert words in table
     # Nothing is left to measure: the same numbers, as JSON.
-    again = run("compare", "--out", out, "--format", "json")
+    again = run("compare", "--out", out, "--format", "json", "--no-plot")
     data = json.loads(again.stdout)
     assert [section["key"]["protocol"] for section in data["sections"]] == ["every-token", "decode"]
     entry = next(e for e in data["sections"][0]["entries"] if (e["method"], e["sparsity"]) == ("wina", 0.5))
@@ -68,6 +69,29 @@ def test_stopped_and_gone_on_with(
     assert len(read_cells(out)) == 5
 
 
+def test_the_plot_of_a_file_that_is_there(run: Run, flags: list[str | Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "c.json"
+    assert run("compare", *flags, "--out", out).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "c.md"]
+    result = run("compare", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "c.md", "c.png", "c.svg"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for path in tmp_path.iterdir():
+        assert f"{path}\n" in result.stdout
+
+
+def test_without_matplotlib_nothing_is_begun(
+    run: Run, flags: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("compare", *flags, "--plot", "--out", tmp_path / "c.json")
+    assert result.exit_code == 4
+    assert "leave it out with --no-plot" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -85,7 +109,7 @@ def test_stopped_and_gone_on_with(
 )
 def test_bad_input(run: Run, arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = run("compare", *arguments)
+    result = run("compare", *arguments, "--no-plot")
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("error: ") == 1

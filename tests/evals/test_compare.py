@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,32 +206,12 @@ def test_what_the_dense_model_refuses_ends_the_run(subject: Subject, tmp_path: P
     assert not (tmp_path / "r.json").exists()
 
 
-def _cell(method: str, sparsity: float, nll: float, *, seed: int | None = 0, **other: Any) -> dict[str, Any]:
-    """A made-up cell."""
-    calibration = {"source": "text", "sequences": 2, "seq_len": 16, "sha256": f"{seed}"}
-    key = {
-        "model": "tiny", "model_sha256": "0" * 64, "device": "cpu", "method": method, "sparsity": sparsity,
-        "protocol": "every-token", "text": "t.txt", "text_sha256": "1" * 64, "windows": 3, "seq_len": 16, "stride": 16,
-        "bos": False, "seed": seed, "calibration": None if seed is None else calibration, "sparsify_version": "0",
-    }  # fmt: skip
-    quality = {
-        "nll_per_token": nll, "perplexity": math.exp(nll), "bits_per_byte": 1.0, "tokens": 45, "bytes": 99,
-        "scored": "all", "dtype": "float32",
-    }  # fmt: skip
-    result = {
-        "quality": quality, "divergence": {"kl": nll - 1, "top1_agreement": 0.5, "tokens": 45},
-        "weighted_sparsity": 0.5, "realised_sparsity": sparsity,
-        "drift": {"mean": 0.01, "worst": {"linear": f"q{seed}", "drift": -0.1 - 0.01 * (seed or 0)}},
-        "linears": [{"rho": 1.0, "rank": 0}],
-    }  # fmt: skip
-    return {"key": key} | (other or {"result": result})
-
-
-def test_the_table_means_marks_and_counts_seeds() -> None:
+def test_the_table_means_marks_and_counts_seeds(make_cell: Callable[..., dict[str, Any]]) -> None:
     cells = [
-        _cell("dense", 0.0, 1.0, seed=None),
-        _cell("teal", 0.5, 1.1), _cell("teal", 0.5, 1.3, seed=1), _cell("teal", 0.7, 2.0),
-        _cell("wina", 0.5, 1.1), _cell("wina", 0.5, 1.1, seed=1), _cell("wina", 0.7, 0.0, refused="no room"),
+        make_cell("dense", 0.0, 1.0, seed=None),
+        make_cell("teal", 0.5, 1.1), make_cell("teal", 0.5, 1.3, seed=1), make_cell("teal", 0.7, 2.0),
+        make_cell("wina", 0.5, 1.1), make_cell("wina", 0.5, 1.1, seed=1),
+        make_cell("wina", 0.7, 0.0, refused="no room"),
     ]  # fmt: skip
     table = render(cells)
     low, high = math.exp(1.1), math.exp(1.3)

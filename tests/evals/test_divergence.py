@@ -55,6 +55,8 @@ def test_of_the_dense_model_it_is_zero(converted: PreTrainedModel, windows: Wind
 def test_of_a_sparse_model(tiny_llama: PreTrainedModel, tiny_calibration: Calibration, windows: Windows) -> None:
     original = copy.deepcopy(tiny_llama)
     model = sparsify.convert(tiny_llama, sparsify.Teal(sparsity=0.5), tiny_calibration)
+    with dense(model):
+        assert torch.equal(model(input_ids=windows.tokens).logits, original(input_ids=windows.tokens).logits)
     divergence = Divergence(model, "every-token")
     quality = perplexity(model, windows, batch_size=2, see=divergence.see)
     # The model as it was before the conversion, all windows at once, in fp64.
