@@ -199,8 +199,8 @@ def _generation(section: Section, notes: _Notes) -> Iterator[str]:
     yield ""
     yield (
         f"Generation: greedy continuations of {settings['prompts']} prompts of at most {settings['prompt_tokens']} "
-        f"tokens of the evaluation text, {settings['new_tokens']} new tokens each, prompt and continuation sparse; the "
-        "same whatever the protocol above."
+        f"tokens of the evaluation text, {settings['new_tokens']} new tokens each, run as a checkpoint runs them (by "
+        "default the prompt sparse, too), whatever the protocol above."
     )
     metrics = [
         _Metric("Tokens until a continuation parts from the dense one, mean", generated("agreement"), _one_digit, max),

@@ -9,6 +9,7 @@ import pytest
 
 from sparsify.evals import compare_cell
 from sparsify.evals.cells import read_cells
+from sparsify.evals.recipe import read_recipe
 
 Run = Any
 
@@ -80,6 +81,37 @@ def test_the_plot_of_a_file_that_is_there(run: Run, flags: list[str | Path], tmp
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     for path in tmp_path.iterdir():
         assert f"{path}\n" in result.stdout
+
+
+def test_a_recipe_runs_with_another_model_and_other_texts(
+    run: Run, dense_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    here = [dense_model, "--calibration", text_file, "--text", text_file, "--seq-len", "32", "--sequences", "4"]
+    few = ["--limit", "2", "--sparsity", "0.5", "--no-plot", "--out", tmp_path / "c.json"]
+    result = run("compare", *here, "--recipe", "llama-2-7b-wikitext2", *few)
+    assert result.exit_code == 0, result.output
+    keys = [cell["key"] for cell in read_cells(tmp_path / "c.json")]
+    assert {(key["model"], key["text"], key["protocol"]) for key in keys} == {
+        ("tiny", "text.txt", "every-token"), ("tiny", "text.txt", "decode"),
+    }  # fmt: skip
+    assert {key["method"] for key in keys} == {"dense", *read_recipe("llama-2-7b-wikitext2").methods}
+
+
+@pytest.mark.parametrize("own_model", [False, True])
+def test_a_recipe_without_the_hub_is_one_clear_error(
+    run: Run, dense_model: Path, tmp_path: Path, own_model: bool
+) -> None:
+    if own_model:
+        pytest.importorskip("datasets")
+    model = [dense_model] if own_model else []
+    result = run("compare", *model, "--recipe", "llama-3-8b-wikitext2", "--no-plot", "--out", tmp_path / "c.json")
+    assert result.exit_code == 4
+    words = "wikitext-2-raw-v1:test' cannot be loaded"
+    if not own_model:
+        words = "the hub was not reached and meta-llama/Meta-Llama-3-8B is not in the local cache"
+    assert words in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_matplotlib_nothing_is_begun(
