@@ -1,5 +1,6 @@
 """What a comparison is about: a model with its two texts, and the settings that all of its cells share."""
 
+import gc
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ class LoadedSubject:
 
     def load(self) -> PreTrainedModel:
         """Loads the dense model anew."""
+        # Native decoding ties a model to itself: without this, two of them would be in memory.
+        gc.collect()
         settings = self.settings
         return load_dense(
             self.subject.model,
