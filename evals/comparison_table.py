@@ -1,160 +1,229 @@
-"""The cells of `sparsify.evals.compare` as markdown: one section a model, text and protocol.
+"""The cells of `sparsify compare` as Markdown: a section for each model, text, protocol and calibration.
 
-rise is ln(perplexity) − ln(dense perplexity) on the same tokens; × TEAL divides it by TEAL's at the same sparsity, so
-below 1 is better than TEAL. Not covered: plots.
+The best method of a column is bold; a missing cell is a dash; what was refused has its reason below the tables.
+Not covered: plots (`comparison_plot`).
 """
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-Cell = dict[str, Any]
+from sparsify.evals.cells import Cell
+from sparsify.evals.comparison_summary import (
+    BASELINE,
+    Entry,
+    Section,
+    Spread,
+    generated,
+    kl,
+    perplexity,
+    realised_sparsity,
+    sections,
+    top1_agreement,
+)
 
-_BASELINE = "teal"
-_OWN = ("method", "sparsity")
+_DASH = "–"
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """One table's numbers; best is min or max, None where no value is better than another."""
+
+    title: str
+    value: Callable[[Cell], float | None]
+    form: Callable[[float], str]
+    best: Callable[..., float] | None
+    dense: Callable[[Cell], float | None] | None = None
+
+
+@dataclass
+class _Notes:
+    """The reasons of refused cells, numbered in the order in which they are met."""
+
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def mark(self, entry: Entry) -> str:
+        marks = {self.reasons.setdefault(reason, len(self.reasons) + 1) for reason in entry.refused}
+        return "".join(f" [{mark}]" for mark in sorted(marks))
+
+    def lines(self) -> Iterator[str]:
+        for reason, number in self.reasons.items():
+            yield f"- [{number}] refused: {reason}"
 
 
 def render(cells: list[Cell]) -> str:
-    """Returns the whole document, sections in the order in which their first cells were measured."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        shared = {name: value for name, value in cell["key"].items() if name not in _OWN}
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(cell)
-    return "\n\n".join(_section(group) for group in groups.values()) + "\n"
+    """Returns the whole document."""
+    return "\n\n".join("\n".join(_section(section)) for section in sections(cells)) + "\n"
 
 
-def log_rise(cell: Cell, cells: list[Cell]) -> float | None:
-    """Returns the rise in log-perplexity over the dense cell of the same group, None where one of them is missing."""
-    dense = [c for c in cells if c["key"]["method"] == "dense" and "result" in c]
-    if not dense or "result" not in cell:
-        return None
-    return float(_quality(cell)["nll_per_token"] - _quality(dense[0])["nll_per_token"])
+def _section(section: Section) -> Iterator[str]:
+    yield from _head(section)
+    if not section.entries:
+        return
+    notes = _Notes()
+    teal = any(method == BASELINE for method in section.methods)
+    brackets = "; in brackets the rise in log-perplexity relative to TEAL's" if teal else ""
+    metrics = [
+        _Metric(f"Perplexity{brackets}", perplexity, _perplexity_form, min),
+        _Metric("KL(dense ‖ sparse), nats per token", kl, "{:.4f}".format, min),
+        _Metric("Top-1 agreement with the dense model", top1_agreement, "{:.1%}".format, max),
+        _Metric("Realised sparsity", realised_sparsity, "{:.1%}".format, None),
+    ]
+    for metric in metrics:
+        ratio = section.ratio_to_teal if teal and metric.value is perplexity else None
+        yield from ("", f"{metric.title}:", "", *_matrix(section, metric, notes, ratio))
+    yield from ("", *_details(section))
+    yield from _generation(section, notes)
+    if notes.reasons:
+        yield from ("", *notes.lines())
 
 
-def ratio_to_teal(cell: Cell, cells: list[Cell]) -> float | None:
-    """Returns the cell's rise over TEAL's at the same sparsity, None where one is missing or TEAL's is not > 0."""
-    sparsity = cell["key"]["sparsity"]
-    teal = [c for c in cells if c["key"]["method"] == _BASELINE and c["key"]["sparsity"] == sparsity]
-    rise = log_rise(cell, cells)
-    reference = log_rise(teal[0], cells) if teal else None
-    return rise / reference if rise is not None and reference is not None and reference > 0 else None
-
-
-def _section(cells: list[Cell]) -> str:
-    return "\n".join([*_head(cells), "", *_summary(cells), "", *_details(cells), *_spectrum(cells)])
-
-
-def _head(cells: list[Cell]) -> Iterator[str]:
-    key = cells[0]["key"]
-    calibration = key["calibration"]
+def _head(section: Section) -> Iterator[str]:
+    key, calibration = section.key, section.key["calibration"]
     yield f"## {key['model']}, {key['protocol']}"
     yield ""
-    for cell in cells:
-        if cell["key"]["method"] == "dense":
-            quality = _quality(cell)
-            bos = "BOS first" if key["bos"] else "no BOS"
-            yield (
-                f"Dense: perplexity {quality['perplexity']:.4f}, {quality['bits_per_byte']:.4f} bits per byte, on "
-                f"{quality['tokens']:,} tokens ({quality['bytes']:,} bytes) of {key['text']} in {key['windows']} "
-                f"windows of {key['seq_len']} tokens, {bos}, stride {key['stride']}. "
-                f"Scored: {quality['scored']}. Dtype {quality['dtype']}."
-            )
+    if section.dense is not None:
+        quality = section.dense["result"]["quality"]
+        bos = "BOS first" if key["bos"] else "no BOS"
+        yield (
+            f"Dense: perplexity {quality['perplexity']:.4f}, {quality['bits_per_byte']:.4f} bits per byte, on "
+            f"{quality['tokens']:,} tokens ({quality['bytes']:,} bytes) of {key['text']} in {key['windows']} "
+            f"windows of {key['seq_len']} tokens, {bos}, stride {key['stride']}. "
+            f"Scored: {quality['scored']}. Dtype {quality['dtype']}, on {key['device']}."
+        )
+    if calibration is not None:
+        yield (
+            f"Calibrated on {calibration['sequences']} windows of {calibration['seq_len']} tokens of "
+            f"{calibration['source']}. {_seeds(section)} Bold: the best of a column."
+        )
     yield (
-        f"Calibrated on {calibration['sequences']} windows of {calibration['seq_len']} tokens of "
-        f"{calibration['source']}. Weights SHA-256 {key['model_sha256'][:12]}, evaluation text "
-        f"{key['text_sha256'][:12]}, sparsify {key['sparsify_version']}."
+        f"Weights SHA-256 {key['model_sha256'][:12]}, evaluation text {key['text_sha256'][:12]}, "
+        f"sparsify {key['sparsify_version']}."
     )
 
 
-def _summary(cells: list[Cell]) -> Iterator[str]:
-    sparsities = sorted({c["key"]["sparsity"] for c in cells if c["key"]["method"] != "dense"})
-    yield "Perplexity, in brackets the rise in log-perplexity relative to TEAL's:"
-    yield ""
-    yield "| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |"
-    yield "|---" * (len(sparsities) + 1) + "|"
-    for method in _methods(cells):
-        by_sparsity = {c["key"]["sparsity"]: c for c in cells if c["key"]["method"] == method}
-        texts = [_brief(by_sparsity.get(s), cells) for s in sparsities]
+def _seeds(section: Section) -> str:
+    if section.seeds < 2:
+        return "One calibration seed: no spread is known."
+    return f"Mean ± standard deviation over {section.seeds} seeds, which draw the calibration windows."
+
+
+def _matrix(
+    section: Section, metric: _Metric, notes: _Notes, ratio: Callable[[str, float], float | None] | None = None
+) -> Iterator[str]:
+    """Yields a table of methods by budgets."""
+    budgets = section.sparsities
+    spreads = {
+        (method, budget): section.spread(method, budget, metric.value)
+        for method in section.methods
+        for budget in budgets
+    }
+    best = {budget: _best(metric, [spreads[m, budget] for m in section.methods]) for budget in budgets}
+    yield "| method | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"
+    yield "|---" * (len(budgets) + 1) + "|"
+    if metric.dense is not None and section.dense is not None:
+        value = metric.dense(section.dense)
+        yield f"| dense | {' | '.join([_DASH if value is None else metric.form(value)] * len(budgets))} |"
+    for method in section.methods:
+        texts = []
+        for budget in budgets:
+            spread = spreads[method, budget]
+            text = _cell(section, section.entries.get((method, budget)), spread, metric, notes)
+            if spread is not None and ratio is not None:
+                share = ratio(method, budget)
+                text += f" ({_DASH if share is None else f'{share:.2f}'})"
+            texts.append(f"**{text}**" if spread is not None and spread.mean == best[budget] else text)
         yield f"| {method} | " + " | ".join(texts) + " |"
 
 
-def _brief(cell: Cell | None, cells: list[Cell]) -> str:
-    if cell is None:
-        return "–"
-    if "result" not in cell:
-        return "refused"
-    return f"{_perplexity(cell)} ({_number(ratio_to_teal(cell, cells), 2)})"
+def _best(metric: _Metric, spreads: list[Spread | None]) -> float | None:
+    """Returns the best mean of a column, None where nothing is to choose from."""
+    means = [s.mean for s in spreads if s is not None and math.isfinite(s.mean)]
+    return metric.best(means) if metric.best is not None and len(means) > 1 else None
 
 
-def _details(cells: list[Cell]) -> Iterator[str]:
-    yield "| method | nominal | weighted | realised | perplexity | bits/byte | rise | × TEAL | mean rho | with a rank |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for method in _methods(cells):
-        for cell in sorted(
-            (c for c in cells if c["key"]["method"] == method), key=lambda c: float(c["key"]["sparsity"])
-        ):
-            yield _row(cell, cells)
+def _cell(section: Section, entry: Entry | None, spread: Spread | None, metric: _Metric, notes: _Notes) -> str:
+    if entry is None:
+        return _DASH
+    if spread is None:
+        return f"refused{notes.mark(entry)}" if not entry.cells else _DASH
+    text = metric.form(spread.mean)
+    if spread.std is not None:
+        text += f" ± {metric.form(spread.std)}"
+    if spread.seeds < section.seeds:
+        text += f", {spread.seeds} of {section.seeds} seeds{notes.mark(entry)}"
+    return text
 
 
-def _row(cell: Cell, cells: list[Cell]) -> str:
-    key = cell["key"]
-    if "result" not in cell:
-        return f"| {key['method']} | {key['sparsity']:.0%} | refused: {cell['refused']} | | | | | | | |"
-    result = cell["result"]
-    linears = result["linears"]
-    shares = [f"{result[f'{kind}_sparsity']:.1%}" for kind in ("nominal", "weighted", "realised")]
-    ranked = sum(linear["rank"] > 0 for linear in linears)
-    rho = sum(linear["rho"] for linear in linears) / len(linears)
-    numbers = [
-        _perplexity(cell),
-        f"{_quality(cell)['bits_per_byte']:.4f}",
-        _number(log_rise(cell, cells), 4),
-        _number(ratio_to_teal(cell, cells), 3),
-        f"{rho:.3f}",
-        f"{ranked} of {len(linears)}",
-    ]
-    return "| " + " | ".join([key["method"], *shares, *numbers]) + " |"
-
-
-def _spectrum(cells: list[Cell]) -> Iterator[str]:
-    """Yields singular-value decay by kind of linear, where a cell's method looked at it."""
-    spectra = [
-        [e for e in c["result"]["linears"] if e["energy_ranks"]] for c in cells if c.get("result", {}).get("linears")
-    ]
-    widest = max(spectra, key=len, default=[])
-    if not widest:
-        return
-    yield from (
-        "",
-        "Singular values: the share of all ranks that holds 50, 90 and 99% of ‖W‖², mean over blocks. Flat spectra",
-        "need nearly every rank, and a low-rank product then buys little for its bytes.",
-        "",
-        "| linear | shape | 50% | 90% | 99% |",
-        "|---|---|---|---|---|",
+def _details(section: Section) -> Iterator[str]:
+    """Yields a row for each method and budget: bytes, drift of the densities, rank."""
+    yield (
+        "Bytes and drift. Drift is realised minus calibrated density of a linear's channels, in percentage points: the "
+        "mean over linears, and the linear that is furthest off in any seed. The rest are means over seeds."
     )
-    kinds: dict[tuple[str, tuple[int, int]], list[list[int]]] = {}
-    for entry in widest:
-        kind = (str(entry["name"]).rsplit(".", 1)[-1], (entry["shape"][0], entry["shape"][1]))
-        kinds.setdefault(kind, []).append(entry["energy_ranks"])
-    for (name, shape), ranks in kinds.items():
-        shares = [sum(r[i] for r in ranks) / len(ranks) / min(shape) for i in range(3)]
-        yield f"| {name} | {shape[0]}×{shape[1]} | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield ""
+    yield "| method | budget | weighted | realised | mean drift | worst drift | bits/byte | mean rho | with a rank |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for method in section.methods:
+        for budget in section.sparsities:
+            entry = section.entries.get((method, budget))
+            if entry is not None and entry.cells:
+                yield _detail(entry)
 
 
-def _methods(cells: list[Cell]) -> list[str]:
-    return list(dict.fromkeys(c["key"]["method"] for c in cells if c["key"]["method"] != "dense"))
+def _detail(entry: Entry) -> str:
+    results = [cell["result"] for cell in entry.cells]
+    drifts = [result["drift"] for result in results if result["drift"] is not None]
+    worst = max((drift["worst"] for drift in drifts), key=lambda worst: abs(worst["drift"]), default=None)
+    columns = [
+        entry.method,
+        f"{entry.sparsity:.0%}",
+        f"{_mean(results, lambda r: r['weighted_sparsity']):.1%}",
+        f"{_mean(results, lambda r: r['realised_sparsity']):.1%}",
+        f"{100 * _mean(drifts, lambda drift: drift['mean']):+.1f}" if drifts else _DASH,
+        f"{100 * worst['drift']:+.1f} {worst['linear']}" if worst else _DASH,
+        f"{_mean(results, lambda r: r['quality']['bits_per_byte']):.4f}",
+        f"{_mean(results, lambda r: sum(e['rho'] for e in r['linears']) / len(r['linears'])):.3f}",
+        f"{_mean(results, lambda r: sum(e['rank'] > 0 for e in r['linears'])):.0f} of {len(results[0]['linears'])}",
+    ]
+    return "| " + " | ".join(columns) + " |"
 
 
-def _quality(cell: Cell) -> dict[str, Any]:
-    quality: dict[str, Any] = cell["result"]["quality"]
-    return quality
+def _generation(section: Section, notes: _Notes) -> Iterator[str]:
+    """Yields the tables of the generation check, nothing where no cell has one."""
+    checks = [c["generation"] for e in section.entries.values() for c in e.cells if "generation" in c]
+    if not checks:
+        return
+    settings = checks[0]["settings"]
+    yield ""
+    yield (
+        f"Generation: greedy continuations of {settings['prompts']} prompts of at most {settings['prompt_tokens']} "
+        f"tokens of the evaluation text, {settings['new_tokens']} new tokens each, run as a checkpoint runs them (by "
+        "default the prompt sparse, too), whatever the protocol above."
+    )
+    metrics = [
+        _Metric("Tokens until a continuation parts from the dense one, mean", generated("agreement"), _one_digit, max),
+        _Metric("Repeated 4-grams", generated("repetition"), "{:.1%}".format, None, generated("repetition")),
+        _Metric(
+            "Perplexity of what was written under the dense model",
+            generated("perplexity"),
+            _perplexity_form,
+            None,
+            generated("perplexity"),
+        ),
+    ]
+    for metric in metrics:
+        yield from ("", f"{metric.title}:", "", *_matrix(section, metric, notes))
 
 
-def _perplexity(cell: Cell) -> str:
-    value = float(_quality(cell)["perplexity"])
+def _mean(results: list[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> float:
+    return sum(map(value, results)) / len(results)
+
+
+def _perplexity_form(value: float) -> str:
     return f"{value:.3f}" if value < 1e4 else f"{value:.2e}"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _one_digit(value: float) -> str:
+    return f"{value:.1f}"

@@ -25,6 +25,7 @@ from sparsify.runtime import dense, sparse_layers, switch_of, with_prefill
 from sparsify.text import Windows
 
 Protocol = Literal["every-token", "decode"]
+See = Callable[[Tensor, Tensor, Tensor], None]
 
 # Logits of one forward, in elements: 512 MB in bf16, 1 GB in fp32. A larger batch runs in smaller ones.
 _MAX_LOGITS = 1 << 28
@@ -62,10 +63,12 @@ def perplexity(
     protocol: str = "every-token",
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    see: See | None = None,
 ) -> Perplexity:
     """Measures the model on the windows; the log-softmax is fp32, its sum fp64. Batches change no scored token.
 
-    progress is called with (windows done, windows in all) after each batch. Raises SparsifyError for an unknown
+    progress is called with (windows done, windows in all) after each batch; see with (tokens [B, S], logits
+    [B, S, V], scored [B, S]) of each, once its sum is known to be finite. Raises SparsifyError for an unknown
     protocol, windows that the model cannot take, or logits that are not finite.
     """
     _check(model, windows, protocol, batch_size)
@@ -73,18 +76,20 @@ def perplexity(
     tokens = int(scored.sum())
     if not tokens:
         raise SparsifyError(f"windows of {windows.seq_len} tokens leave nothing to score with protocol {protocol!r}")
-    forward = _every_token_logits if protocol == "every-token" else _decode_logits
     size = max(1, min(batch_size, _MAX_LOGITS // (windows.seq_len * _vocabulary(model))))
     total = 0.0
     with _evaluating(model), torch.inference_mode():
         for start in range(0, len(scored), size):
             batch = windows.tokens[start : start + size].to(model.device)
-            total += _nll(forward(model, batch), batch, scored[start : start + size])
+            logits = batch_logits(model, batch, protocol)
+            total += _nll(logits, batch, scored[start : start + size])
             if not math.isfinite(total):
                 raise SparsifyError(
                     f"the model's logits are not finite in windows {start} to {start + len(batch) - 1}: "
                     "check the checkpoint, or load it in another dtype"
                 )
+            if see is not None:
+                see(batch, logits, scored[start : start + size])
             if progress is not None:
                 progress(start + len(batch), len(scored))
     size_bytes = int(windows.token_bytes[scored].sum())
@@ -121,6 +126,15 @@ def decode_logits(model: PreTrainedModel, batch: Tensor, prompt: int) -> Tensor:
     return F.pad(logits, (0, 0, prompt, 0))
 
 
+def check_protocol(protocol: str) -> None:
+    """Raises SparsifyError for a protocol that there is not."""
+    allowed = get_args(Protocol)
+    if protocol not in allowed:
+        raise SparsifyError(
+            f"unknown protocol {protocol!r}: allowed are {', '.join(allowed)}.{suggest(protocol, allowed)}"
+        )
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
@@ -132,12 +146,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _every_token_logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=batch, use_cache=False).logits
-    return logits
-
-
-def _decode_logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
+def batch_logits(model: PreTrainedModel, batch: Tensor, protocol: str) -> Tensor:
+    """Returns the logits [B, S, V] of tokens [B, S] in a protocol; decode's first half, never scored, are zeros."""
+    if protocol == "every-token":
+        every: Tensor = model(input_ids=batch, use_cache=False).logits
+        return every
     return decode_logits(model, batch, batch.shape[1] // 2)
 
 
@@ -172,11 +185,7 @@ def _statement(windows: Windows, protocol: str) -> str:
 
 
 def _check(model: PreTrainedModel, windows: Windows, protocol: str, batch_size: int) -> None:
-    allowed = get_args(Protocol)
-    if protocol not in allowed:
-        raise SparsifyError(
-            f"unknown protocol {protocol!r}: allowed are {', '.join(allowed)}.{suggest(protocol, allowed)}"
-        )
+    check_protocol(protocol)
     if batch_size < 1:
         raise SparsifyError(f"the batch size must be at least 1, not {batch_size}")
     check_context(model, windows.seq_len)

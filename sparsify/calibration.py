@@ -41,11 +41,12 @@ class Calibration:
 
     @classmethod
     def from_text(
-        cls, text: Text, tokenizer: PreTrainedTokenizerBase, *, sequences: int = 32, seq_len: int = 512
+        cls, text: Text, tokenizer: PreTrainedTokenizerBase, *, sequences: int = 32, seq_len: int = 512, seed: int = 0
     ) -> "Calibration":
-        """Returns the first `sequences` windows of `seq_len` tokens, spread evenly over the text.
+        """Returns `sequences` windows of `seq_len` tokens of the text, in the order of the text.
 
-        Raises SparsifyError where the text is too short for that many.
+        Seed 0 spreads them evenly; every other seed draws them at random, without replacement.
+        Raises SparsifyError where the text is too short for that many, or leaves another seed nothing to draw.
         """
         if sequences < 1:
             raise SparsifyError(f"the number of calibration sequences must be at least 1, not {sequences}")
@@ -55,7 +56,16 @@ class Calibration:
                 f"calibration text {text.name} gives {len(every)} windows of {seq_len} tokens, {sequences} are asked "
                 f"for: use a longer text, --sequences {len(every)} or a shorter --seq-len"
             )
-        chosen = torch.linspace(0, len(every) - 1, sequences).round().long()
+        if seed == 0:
+            chosen = torch.linspace(0, len(every) - 1, sequences).round().long()
+        elif len(every) == sequences:
+            raise SparsifyError(
+                f"calibration text {text.name} gives just the {sequences} windows of {seq_len} tokens that are asked "
+                f"for: seed {seed} would draw the same ones; use a longer text or --sequences {sequences // 2}"
+            )
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(every), generator=generator)[:sequences].sort().values
         return cls(every[chosen], text.name)
 
     @property

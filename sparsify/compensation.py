@@ -57,9 +57,8 @@ class _Learner:
     def __init__(self, trial: Trial, tokens: Tensor, held_out: Tensor) -> None:
         self.trial, self.tokens, self.held_out = trial, tokens, held_out
         self.device = trial.model.device
-        self.dense = [
-            (window, dense_log_probabilities(trial.model, window)) for window in held_out.to(self.device).split(1)
-        ]
+        windows = [window[None] for window in held_out.to(self.device)]
+        self.dense = [(window, dense_log_probabilities(trial.model, window)) for window in windows]
         self.units = {
             name: torch.zeros(linear.weight.shape[0], device=linear.weight.device, requires_grad=True)
             for name, linear in trial.linears.items()

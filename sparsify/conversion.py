@@ -257,6 +257,10 @@ def _best(fits: Mapping[str, list[_Fit]]) -> dict[str, _Fit]:
     return {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
 
 
+def _those(fits: Mapping[str, list[_Fit]], *, compensated: bool) -> dict[str, list[_Fit]]:
+    return {n: [fit for fit in options if fit.candidate.compensated == compensated] for n, options in fits.items()}
+
+
 def _learn(
     model: PreTrainedModel,
     linears: Mapping[str, TargetLinear],
@@ -264,8 +268,8 @@ def _learn(
     calibration: Calibration,
     progress: Progress | None,
 ) -> dict[str, _Fit]:
-    """Learns the compensation of the best compensated fits; returns them, or the best of the others if it is no help."""
-    mended = _best({name: [fit for fit in options if fit.candidate.compensated] for name, options in fits.items()})
+    """Learns the compensation of the best fits that have one; returns them, or the best others where it is no help."""
+    mended = _best(_those(fits, compensated=True))
     trial = Trial(model, linears)
     trial.place({name: fit.candidate for name, fit in mended.items()})
     for name, fit in mended.items():

@@ -13,7 +13,7 @@ from sparsify.calibration import Calibration, ScoreHistogram
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask
 from sparsify.runtime import sparse_layers
-from sparsify.text import Text
+from sparsify.text import Text, windows
 
 COUNT = 50_000
 DENSITIES = [0.005, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999]
@@ -204,3 +204,22 @@ def test_a_converted_model_is_not_converted_again(tiny_llama: PreTrainedModel, t
 def test_no_sequences_is_one_clear_error() -> None:
     with pytest.raises(SparsifyError, match="at least 1, not 0"):
         Calibration.from_text(Text("text", ["some text"]), None, sequences=0)  # type: ignore[arg-type]
+
+
+def test_a_seed_draws_other_windows_of_the_same_text() -> None:
+    text, tokenizer = Text("text", [" ".join(map(str, range(2000)))]), sparsify.load_tokenizer("reference")
+    every = windows(text, tokenizer, seq_len=32).tokens.tolist()
+    drawn = {
+        seed: Calibration.from_text(text, tokenizer, sequences=8, seq_len=32, seed=seed).tokens.tolist()
+        for seed in range(4)
+    }
+    # Seed 0 is what a conversion takes: spread evenly, the first and the last window among them.
+    assert drawn[0] == Calibration.from_text(text, tokenizer, sequences=8, seq_len=32).tokens.tolist()
+    assert (drawn[0][0], drawn[0][-1]) == (every[0], every[-1])
+    for tokens in drawn.values():
+        places = [every.index(window) for window in tokens]
+        assert places == sorted(set(places))
+    assert len({str(tokens) for tokens in drawn.values()}) == 4
+    assert drawn[3] == Calibration.from_text(text, tokenizer, sequences=8, seq_len=32, seed=3).tokens.tolist()
+    with pytest.raises(SparsifyError, match="seed 1 would draw the same ones"):
+        Calibration.from_text(text, tokenizer, sequences=len(every), seq_len=32, seed=1)

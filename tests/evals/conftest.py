@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +98,30 @@ def write_teal(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def make_cell() -> Callable[..., dict[str, Any]]:
+    """Makes a cell of `sparsify compare` up: a method at a sparsity with a likelihood, or what else it holds."""
+
+    def make(method: str, sparsity: float, nll: float, *, seed: int | None = 0, **other: Any) -> dict[str, Any]:
+        calibration = {"source": "text", "sequences": 2, "seq_len": 16, "sha256": f"{seed}"}
+        key = {
+            "model": "tiny", "model_sha256": "0" * 64, "device": "cpu", "method": method, "sparsity": sparsity,
+            "protocol": "every-token", "text": "t.txt", "text_sha256": "1" * 64, "windows": 3, "seq_len": 16,
+            "stride": 16, "bos": False, "seed": seed, "calibration": None if seed is None else calibration,
+            "sparsify_version": "0",
+        }  # fmt: skip
+        quality = {
+            "nll_per_token": nll, "perplexity": math.exp(nll) if nll < 700 else math.inf, "bits_per_byte": 1.0,
+            "tokens": 45, "bytes": 99, "scored": "all", "dtype": "float32",
+        }  # fmt: skip
+        result = {
+            "quality": quality, "divergence": {"kl": nll - 1, "top1_agreement": 0.5, "tokens": 45},
+            "weighted_sparsity": 0.5, "realised_sparsity": sparsity,
+            "drift": {"mean": 0.01, "worst": {"linear": f"q{seed}", "drift": -0.1 - 0.01 * (seed or 0)}},
+            "linears": [{"rho": 1.0, "rank": 0}],
+        }  # fmt: skip
+        return {"key": key} | (other or {"result": result})
+
+    return make

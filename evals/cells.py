@@ -1,0 +1,70 @@
+"""The results file of `sparsify compare`: JSON cells, each written at once, found again by the digest of their key.
+
+Not covered: two processes writing one file.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import SparsifyError
+
+Cell = dict[str, Any]
+
+# 2: divergence from the dense model, drift and the calibration's seed; cells of 1 lack them and are not read.
+SCHEMA_VERSION = 2
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Returns the cells of a results file, none where it does not exist. Raises SparsifyError where it is another's."""
+    if not path.exists():
+        return []
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise SparsifyError(
+                f"{path} has schema_version {data['schema_version']!r}, this sparsify writes {SCHEMA_VERSION}: "
+                "name another file"
+            )
+        cells: list[Cell] = data["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, SparsifyError):
+            raise
+        raise SparsifyError(f"{path} is not a results file of this command ({error}): name another file") from error
+    return cells
+
+
+class CellFile:
+    """The cells of one file, in memory and on the disk. Raises SparsifyError for a file that is another's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cells = {digest(cell["key"]): cell for cell in read_cells(path)}
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, in the order in which they were measured."""
+        return list(self._cells.values())
+
+    def find(self, key: dict[str, Any]) -> Cell | None:
+        """Returns the cell with this key, None where there is none."""
+        return self._cells.get(digest(key))
+
+    def put(self, cell: Cell) -> None:
+        """Adds a cell, or replaces the one with its key.
+
+        The file is written anew beside itself and renamed: a kill leaves the old one or the new one.
+        """
+        self._cells[digest(cell["key"])] = cell
+        data = {"schema_version": SCHEMA_VERSION, "cells": self.cells}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        staged.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(staged, self.path)
+
+
+def digest(key: dict[str, Any]) -> str:
+    """Returns what identifies a cell: the SHA-256 of its key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
