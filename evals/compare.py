@@ -29,7 +29,7 @@ from sparsify.evals.comparison_table import render
 from sparsify.evals.perplexity import perplexity
 from sparsify.evals.realised import RealisedDensity
 from sparsify.ledger import ledger_of
-from sparsify.methods import Method, get_method
+from sparsify.methods import AnyMethod, get_method
 from sparsify.models import load_dense, load_tokenizer
 from sparsify.text import Windows, read_text, windows
 
@@ -106,7 +106,7 @@ def run(
     return read_cells(out)
 
 
-def parse_method(label: str, sparsity: float) -> Method:
+def parse_method(label: str, sparsity: float) -> AnyMethod:
     """Returns the method of a label such as "teal" or "rsparse:rho=0.95,score=magnitude@greedy" at one sparsity."""
     name, _, rest = label.partition("@")[0].partition(":")
     options: dict[str, Any] = {}

@@ -3,7 +3,8 @@
 every-token: one forward a window, every token sparse, whatever prefill the model is set to. Scored: what the windows
 score. decode: the first half of each window is a dense prefill into a KV cache, the second half then runs sparse on
 that cache, in one forward. Scored: the tokens that a sparse position predicts, which is the second half without its
-first token (the prefill predicts that one). Compare with a dense baseline of the same protocol: the same call inside
+first token (the prefill predicts that one). A method that chooses per prompt has the first half as its prompt, and no
+meaning in every-token, which is refused. Compare with a dense baseline of the same protocol: the same call inside
 `sparsify.runtime.dense(model)`, or with the dense model. Numbers of different protocols never mix.
 Not covered: sliding contexts longer than a window, and accuracy tasks (lm-eval runs on a saved checkpoint).
 """
@@ -21,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsify.errors import SparsifyError, suggest
 from sparsify.models import check_context
+from sparsify.prompt_choice import chooses_per_prompt
 from sparsify.runtime import dense, set_prefill, sparse_layers, switch_of
 from sparsify.text import Windows
 
@@ -178,12 +180,23 @@ def _statement(windows: Windows, protocol: str) -> str:
     return f"the last {windows.stride} tokens of each window (all of the first), all tokens sparse"
 
 
-def _check(model: PreTrainedModel, windows: Windows, protocol: str, batch_size: int) -> None:
+def check_protocol(model: PreTrainedModel, protocol: str) -> None:
+    """Raises SparsifyError for an unknown protocol, or one that the model's method has no meaning in."""
     allowed = get_args(Protocol)
     if protocol not in allowed:
         raise SparsifyError(
             f"unknown protocol {protocol!r}: allowed are {', '.join(allowed)}.{suggest(protocol, allowed)}"
         )
+    if protocol == "every-token" and chooses_per_prompt(model):
+        raise SparsifyError(
+            "protocol every-token has no prompt, and this model's neurons are chosen by one: use --protocol decode, "
+            "where the dense first half of each window chooses for the second"
+        )
+
+
+def _check(model: PreTrainedModel, windows: Windows, protocol: str, batch_size: int) -> None:
+    if not (sparse_layers(model) and switch_of(model).forced_dense):
+        check_protocol(model, protocol)
     if batch_size < 1:
         raise SparsifyError(f"the batch size must be at least 1, not {batch_size}")
     check_context(model, windows.seq_len)
