@@ -26,7 +26,7 @@ from sparsify.calibration import Calibration
 from sparsify.conversion import convert
 from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.evals.comparison_table import render
-from sparsify.evals.perplexity import perplexity
+from sparsify.evals.perplexity import check_protocol, perplexity
 from sparsify.evals.realised import RealisedDensity
 from sparsify.ledger import ledger_of
 from sparsify.methods import AnyMethod, get_method
@@ -86,7 +86,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measures every cell that the file `out` does not hold yet, and returns all of its cells.
 
-    A budget that a method cannot meet is a cell too, with "refused" in the place of a result.
+    A budget that a method cannot meet, or a protocol that it has no meaning in, is a cell too, with "refused" in the
+    place of a result.
     Raises SparsifyError for an unknown method, model or text, or a file that this module did not write.
     """
     settings = settings or Settings()
@@ -201,6 +202,12 @@ def _measure(
             yield from ({"key": key, "refused": str(error)} for key in pending)
             return
     for key in pending:
+        if label != DENSE:
+            try:
+                check_protocol(model, key["protocol"])
+            except SparsifyError as error:
+                yield {"key": key, "refused": str(error)}
+                continue
         started = time.perf_counter()
         with RealisedDensity(model) as realised:
             quality = perplexity(model, loaded.windows, protocol=key["protocol"], batch_size=settings.batch_size)

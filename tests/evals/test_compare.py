@@ -114,6 +114,15 @@ def test_a_budget_that_cannot_be_met_is_a_cell(subject: Subject, tmp_path: Path)
     assert log_rise(cells[2], cells) is None
 
 
+def test_a_protocol_without_meaning_is_a_cell(subject: Subject, tmp_path: Path) -> None:
+    options = {"methods": ["griffin"], "sparsities": [0.3]}
+    cells = _run(subject, tmp_path / "r.json", protocols=["every-token", "decode"], **options)
+    assert ["refused" in cell for cell in cells] == [False, False, True, False]
+    assert "use --protocol decode" in cells[2]["refused"]
+    with pytest.raises(SparsifyError, match="unknown protocol 'decoded'"):
+        _run(subject, tmp_path / "other.json", protocols=["decoded"], **options)
+
+
 def test_the_table_states_protocol_texts_and_ratios(subject: Subject, tmp_path: Path) -> None:
     out, table = tmp_path / "r.json", tmp_path / "docs" / "r.md"
     code = main(
