@@ -2,7 +2,7 @@
 
 By structure, as sparsify.targets: in one short forward, an activation module reads what a linear wrote, and a linear
 reads that activation, alone (ungated) or times what a second linear of the same input wrote (gated). Gate and up may
-be one linear, the gate's rows first (Phi-3). Not covered: experts stored as 3-D tensors, and up's rows first.
+be one linear, the gate's rows first (Phi-3). Not covered: experts, which see a part of the tokens; up's rows first.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ def find_mlps(model: PreTrainedModel, targets: Targets, tokens: Tensor) -> tuple
     calls = _record(model, linears | activations, tokens)
     linear_calls = {call.name: call for call in calls if call.name in linears}
     sites = {name: site.names for site in targets.sites for name in site.names}
-    found = (_mlp_of(call, linear_calls, sites) for call in calls if call.name in activations)
+    whole = (call for call in calls if call.name in activations and call.x[..., 0].numel() == tokens.numel())
+    found = (_mlp_of(call, linear_calls, sites) for call in whole)
     return tuple(mlp for mlp in found if mlp is not None)
 
 

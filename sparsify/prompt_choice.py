@@ -39,7 +39,7 @@ class PromptChoices:
         self.prompt: _Prompt | None = None
         # Whether the forward's cache was empty.
         self.fresh = False
-        self.batch = 0
+        self.batch = self.length = 0
         # The tokens [B, S] that are no padding; None for all.
         self.real: Tensor | None = None
         self.problem: str | None = None
@@ -55,6 +55,12 @@ class PromptChoices:
             return
         if self.problem is not None:
             raise SparsifyError(self.problem)
+        seen, tokens = h[..., 0].numel(), self.batch * self.length
+        if seen != tokens:
+            raise SparsifyError(
+                f"{mlp} sees {seen} of {tokens} tokens, so whose neurons are whose is not known: use a method that "
+                "chooses for each token, such as cats or teal"
+            )
         squares = squared_shares(h.reshape(self.batch, -1, h.shape[-1]))
         if self.real is not None:
             squares = torch.where(self.real[..., None], squares, 0.0)
@@ -113,7 +119,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tokens = next(tensor for tensor in given if tensor is not None)
     choices.fresh = cache is None or int(cache.get_seq_length()) == 0
     choices.prompt = _Prompt() if choices.fresh else getattr(cache, _ATTRIBUTE, None) or _Prompt()
-    choices.batch = tokens.shape[0]
+    choices.batch, choices.length = tokens.shape[:2]
     choices.real = choices.problem = None
     if isinstance(mask, Tensor) and mask.dim() == 2:
         choices.real = mask[:, -tokens.shape[1] :] != 0

@@ -20,6 +20,7 @@ from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.evals.realised import RealisedDensity
 from sparsify.mlp_layer import GateLinear, PromptDownConv1D, PromptRowsConv1D
 from sparsify.mlp_targets import find_mlps
+from sparsify.prompt_choice import PromptChoices, follow_prompts
 from sparsify.runtime import sparse_layers
 from sparsify.targets import find_targets
 
@@ -152,6 +153,33 @@ def test_experts_are_no_mlps(method: Any) -> None:
     config = transformers.MixtralConfig(**WIDE, intermediate_size=80, num_key_value_heads=1)
     with pytest.raises(SparsifyError, match="no block of MixtralForCausalLM has a"):
         _convert(AutoModelForCausalLM.from_config(config).eval(), method)
+
+
+def test_a_shared_expert_is_an_mlp_and_routed_experts_are_not() -> None:
+    options = {
+        "intermediate_size": 80,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 64,
+        "num_key_value_heads": 1,
+    }
+    config = transformers.Qwen2MoeConfig(**WIDE, **options, num_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    assert [mlp.neurons for mlp in _mlps(dense)] == [64, 64]
+    model: Any = _convert(copy.deepcopy(dense), Griffin(sparsity=0.2))
+    assert torch.equal(_logits(model, TOKENS), _logits(dense, TOKENS))
+    # Its tokens come flattened, and still each sequence chooses by itself.
+    generated = model.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    alone = model.generate(TOKENS[1:], max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated[1:, : alone.shape[1]], alone)
+
+
+def test_an_mlp_that_sees_some_tokens_cannot_choose() -> None:
+    choices = PromptChoices()
+    follow_prompts(model := torch.nn.Identity(), choices)
+    model.register_forward_pre_hook(lambda _, args: choices.add("experts.0", torch.ones(5, 8)))
+    with pytest.raises(SparsifyError, match=r"experts\.0 sees 5 of 6 tokens"):
+        model(torch.ones(2, 3))
 
 
 @pytest.fixture(scope="module")
