@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sparsify.calibration import Calibration
     from sparsify.config import SparsifyConfig
-    from sparsify.methods import Method
+    from sparsify.methods import AnyMethod
     from sparsify.text import Windows
 
 
@@ -46,8 +46,8 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
     conversion.convert(model, method, calibration, allocation=allocation, progress=progress)
     config: SparsifyConfig = model.config.quantization_config
-    config.prefill = settings.prefill
-    set_prefill(model, settings.prefill)
+    config.prefill = settings.prefill or config.prefill
+    set_prefill(model, config.prefill)
     measured = _measure(model, windows, progress) if windows is not None else None
     progress.note(f"writing {out}")
     card = _card_rows(measured) if measured is not None else None
@@ -57,15 +57,20 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     return report | _describe(config) | {"ledger": ledger_totals(ledger_of(model)), "measured": measured}
 
 
-def _configure(settings: ConvertSettings) -> "Method":
+def _configure(settings: ConvertSettings) -> "AnyMethod":
     """Returns the method; an option that it does not take is refused, one that was not given is left to it."""
     from sparsify.methods import get_method
 
+    about = get_method(settings.method)
+    if about.facts.choice == "per-prompt" and settings.prefill == "sparse":
+        raise SparsifyError(
+            f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
+        )
     options = {"rho": settings.rho, "score": settings.score, "recipe": settings.recipe}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if settings.compensate:
         given["compensate"] = True
-    return get_method(settings.method).configure(sparsity=settings.sparsity, **given)
+    return about.configure(sparsity=settings.sparsity, **given)
 
 
 def _check_out(out: str | None, *, needed: bool) -> Path | None:
@@ -133,8 +138,11 @@ def _load_dense(spec: str, settings: ConvertSettings, device: str, progress: Pro
 
 
 def _measure(model: "PreTrainedModel", windows: "Windows", progress: Progress) -> dict[str, Any] | None:
+    from sparsify.prompt_choice import chooses_per_prompt
+
     try:
-        return measure(model, windows, progress, label="measure")
+        protocol = "decode" if chooses_per_prompt(model) else "every-token"
+        return measure(model, windows, progress, label="measure", protocol=protocol)
     except SparsifyError as error:
         # The conversion is done by now, and worth more than its card.
         progress.note(f"not measured: {error}")

@@ -82,7 +82,7 @@ def convert(
     ] = None,
     prefill: Annotated[
         Literal["sparse", "dense"] | None,
-        typer.Option(help="How the checkpoint runs prompts.", show_default=_DEFAULTS.prefill),
+        typer.Option(help="How the checkpoint runs prompts.", show_default="sparse; dense for griffin, which needs it"),
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
@@ -158,8 +158,9 @@ def _render(console: Console, result: dict[str, Any]) -> None:
     measured = result["measured"]
     if measured is not None:
         dense, sparse = measured["dense"], measured["sparse"]
+        which = "every token" if sparse["protocol"] == "every-token" else "the tokens after a dense first half"
         console.print(
-            f"Perplexity on {dense['windows']} × {dense['seq_len']} tokens of {dense['text']}, every token sparse: "
+            f"Perplexity on {dense['windows']} × {dense['seq_len']} tokens of {dense['text']}, {which} sparse: "
             f"dense {dense['perplexity']:.3f}, sparse {sparse['perplexity']:.3f}, realised sparsity "
             f"{percent(measured['realised_sparsity'])}.",
             markup=False,

@@ -63,6 +63,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         "method": config.method,
         "method_config": config.method_config,
         "prefill": config.prefill,
+        "neurons": None if config.neurons is None else asdict(config.neurons),
         "calibration": asdict(config.calibration),
         "sparsify_version": config.sparsify_version,
         "schema_version": config.schema_version,
@@ -113,6 +114,9 @@ def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
         f"schema {result['schema_version']}",
         markup=False,
     )
+    if result["neurons"] is not None:
+        neurons = result["neurons"]
+        console.print(f"Neurons are chosen by {neurons['cut']} in {len(neurons['mlps'])} MLPs")
     console.print()
     console.print(totals_table(result["ledger"]))
     console.print(_linears_table(result["linears"]))

@@ -21,12 +21,14 @@ def measure(
     only_dense: bool = False,
 ) -> dict[str, Any]:
     """Returns "dense" and, for a converted model, "sparse" perplexities on the same tokens, and what sparsity was."""
-    from sparsify.evals.perplexity import perplexity
+    from sparsify.evals.perplexity import check_sparse_protocol, perplexity
     from sparsify.evals.realised import RealisedDensity
     from sparsify.ledger import ledger_of, rest_bytes
     from sparsify.runtime import dense, sparse_layers
 
     converted = bool(sparse_layers(model))
+    if converted and not only_dense:
+        check_sparse_protocol(model, protocol)
     with dense(model):
         stage = progress.stage(f"{label}, dense")
         baseline = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)

@@ -31,7 +31,7 @@ class ConvertSettings:
     calibration: str = "stdlib:calibration"
     sequences: int = 32
     seq_len: int = 512
-    prefill: Literal["sparse", "dense"] = "sparse"
+    prefill: Literal["sparse", "dense"] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
     seed: int = 0

@@ -11,7 +11,7 @@ from sparsify.cli.output import common_prefix, make_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsify.methods import Method
+    from sparsify.methods import AnyMethod
 
 
 def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
@@ -37,13 +37,21 @@ def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
     return {"linears": len(targets.names), "sites": len(targets.sites), "kinds": rows, "left_dense": targets.left_dense}
 
 
-def check_budgets(model: "PreTrainedModel", method: "Method") -> None:
+def check_budgets(model: "PreTrainedModel", method: "AnyMethod") -> None:
     """Raises SparsifyError where the method cannot meet its budget, or does not fit the linears of this model."""
     import torch
 
+    from sparsify.methods import NeuronMethod
+    from sparsify.neuron_conversion import plan_neurons
     from sparsify.targets import find_targets, linear_shapes
 
-    shapes = linear_shapes(model, find_targets(model, torch.zeros(1, 8, dtype=torch.int64)))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    targets = find_targets(model, tokens)
+    shapes = linear_shapes(model, targets)
+    if isinstance(method, NeuronMethod):
+        if method.sparsity > 0.0:
+            plan_neurons(model, method, targets, shapes, tokens)
+        return
     bound = method.bind(shapes)
     for name, shape in shapes.items():
         bound.candidates(name, shape)

@@ -4,7 +4,7 @@ from typing import Any
 
 from sparsify.allocation import Allocation, get_allocation
 from sparsify.errors import SparsifyError
-from sparsify.methods import Method, get_method
+from sparsify.methods import AnyMethod, get_method
 
 
 def split_labels(text: str) -> list[str]:
@@ -22,7 +22,7 @@ def split_labels(text: str) -> list[str]:
     return [label for label in labels if label]
 
 
-def parse_method(label: str, sparsity: float) -> Method:
+def parse_method(label: str, sparsity: float) -> AnyMethod:
     """Returns the method of a label such as "teal" or "rsparse:rho=0.95,score=magnitude@greedy" at one sparsity."""
     name, _, rest = label.partition("@")[0].partition(":")
     options: dict[str, Any] = {}

@@ -3,7 +3,8 @@
 every-token: one forward a window, every token sparse, whatever prefill the model is set to. Scored: what the windows
 score. decode: the first half of each window is a dense prefill into a KV cache, the second half then runs sparse on
 that cache, in one forward. Scored: the tokens that a sparse position predicts, which is the second half without its
-first token (the prefill predicts that one). Compare with a dense baseline of the same protocol: the same call inside
+first token (the prefill predicts that one). A method that chooses per prompt has the first half as its prompt, and no
+meaning in every-token, which is refused. Compare with a dense baseline of the same protocol: the same call inside
 `sparsify.runtime.dense(model)`, or with the dense model. Numbers of different protocols never mix.
 Not covered: sliding contexts longer than a window, and accuracy tasks (`lm_eval_run`).
 """
@@ -21,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsify.errors import SparsifyError, suggest
 from sparsify.models import check_context
+from sparsify.prompt_choice import chooses_per_prompt
 from sparsify.runtime import dense, sparse_layers, switch_of, with_prefill
 from sparsify.text import Windows
 
@@ -135,6 +137,16 @@ def check_protocol(protocol: str) -> None:
         )
 
 
+def check_sparse_protocol(model: PreTrainedModel, protocol: str) -> None:
+    """Raises SparsifyError for a protocol that there is not, or that the model's method has no meaning in."""
+    check_protocol(protocol)
+    if protocol == "every-token" and chooses_per_prompt(model):
+        raise SparsifyError(
+            "protocol every-token has no prompt, and this model's neurons are chosen by one: use --protocol decode, "
+            "where the dense first half of each window chooses for the second"
+        )
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
@@ -186,6 +198,8 @@ def _statement(windows: Windows, protocol: str) -> str:
 
 def _check(model: PreTrainedModel, windows: Windows, protocol: str, batch_size: int) -> None:
     check_protocol(protocol)
+    if not (sparse_layers(model) and switch_of(model).forced_dense):
+        check_sparse_protocol(model, protocol)
     if batch_size < 1:
         raise SparsifyError(f"the batch size must be at least 1, not {batch_size}")
     check_context(model, windows.seq_len)

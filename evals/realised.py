@@ -1,4 +1,4 @@
-"""The share of input channels that each sparse layer really keeps on some text, where it runs sparse.
+"""The share of channels (rows, where neurons are cut) that each sparse layer really keeps on some text, run sparse.
 
 A threshold that was fitted on calibration text keeps more or fewer channels elsewhere. Put the densities into the
 ledger (`Ledger.with_densities`) for the realised sparsity. Not covered: padding counts as tokens, so measure without.
@@ -23,6 +23,7 @@ class RealisedDensity:
         self._layers = sparse_layers(model)
         self._handles: list[RemovableHandle] = []
         self._kept: dict[str, Tensor] = {}
+        self._all: dict[str, int] = dict.fromkeys(self._layers, 0)
         self._tokens = dict.fromkeys(self._layers, 0)
 
     def __enter__(self) -> Self:
@@ -39,9 +40,7 @@ class RealisedDensity:
 
     def densities(self) -> dict[str, float]:
         """Returns kept / all channels by layer name, over its sparse tokens; layers that saw none are left out."""
-        return {
-            name: float(kept) / (self._tokens[name] * self._layers[name].sparse_in) for name, kept in self._kept.items()
-        }
+        return {name: float(kept) / self._all[name] for name, kept in self._kept.items()}
 
     @property
     def tokens(self) -> int:
@@ -50,12 +49,14 @@ class RealisedDensity:
 
     def _counter(self, name: str) -> Any:
         def count(layer: SparseLinear | SparseConv1D, args: tuple[Tensor, ...]) -> None:
-            if not layer.switch.sparse or args[0].numel() == 0:
+            if not layer.runs_sparse or args[0].numel() == 0:
                 return
             x = args[0]
             # Stays on the device: a read would stop the stream at every layer.
-            kept = layer.keep(x).sum(dtype=torch.int64)
+            keep = layer.keep(x)
+            kept = keep.sum(dtype=torch.int64)
             self._kept[name] = self._kept[name] + kept if name in self._kept else kept
+            self._all[name] += keep.numel()
             self._tokens[name] += x.numel() // x.shape[-1]
 
         return count

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sparsify.ledger import Ledger as Ledger
     from sparsify.ledger import ledger_of as ledger_of
     from sparsify.methods.auto import Auto as Auto
+    from sparsify.methods.cats import Cats as Cats
+    from sparsify.methods.griffin import Griffin as Griffin
     from sparsify.methods.rsparse import RSparse as RSparse
     from sparsify.methods.statistical_topk import StatisticalTopK as StatisticalTopK
     from sparsify.methods.teal import Teal as Teal
@@ -42,6 +44,8 @@ _PUBLIC = {
     "CheckpointError": "sparsify.errors",
     "Ledger": "sparsify.ledger",
     "Auto": "sparsify.methods.auto",
+    "Cats": "sparsify.methods.cats",
+    "Griffin": "sparsify.methods.griffin",
     "RSparse": "sparsify.methods.rsparse",
     "SparsifyConfig": "sparsify.config",
     "SparsifyError": "sparsify.errors",

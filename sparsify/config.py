@@ -9,6 +9,7 @@ from typing import Any, get_args
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.errors import CheckpointError
+from sparsify.neuron_cut import Mlp, NeuronCut, NeuronCuts
 from sparsify.runtime import Prefill
 from sparsify.strict import from_mapping
 from sparsify.token_cut import TokenCut
@@ -49,6 +50,12 @@ class CalibrationEntry:
 
 
 @dataclass(frozen=True)
+class _NeuronSchema:
+    cut: NeuronCut
+    mlps: list[Any]
+
+
+@dataclass(frozen=True)
 class _Schema:
     quant_method: str
     schema_version: int
@@ -61,13 +68,14 @@ class _Schema:
     calibration: dict[str, Any]
     linears: dict[str, Any]
     allocation: str = "uniform"
+    neurons: dict[str, Any] | None = None
 
 
 class SparsifyConfig(QuantizationConfigMixin):
     """What transformers keeps as `model.config.quantization_config` and writes into config.json.
 
     linears: LinearEntry by module name, in module order; sites: the names that share an input; allocation: how the
-    budget was spent over the linears.
+    budget was spent over the linears; neurons: the MLPs whose neurons are chosen, None where input channels are.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         calibration: CalibrationEntry,
         linears: dict[str, LinearEntry],
         allocation: str = "uniform",
+        neurons: NeuronCuts | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.schema_version = SCHEMA_VERSION
@@ -94,6 +103,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.calibration = calibration
         self.linears = linears
         self.allocation = allocation
+        self.neurons = neurons
 
     @property
     def sparsity(self) -> float:
@@ -109,6 +119,12 @@ class SparsifyConfig(QuantizationConfigMixin):
         if self.allocation == "uniform":
             # Readers that know no other allocation refuse the key.
             del data["allocation"]
+        if self.neurons is None:
+            # The same for readers that know no neurons.
+            del data["neurons"]
+        else:
+            mlps = [{k: v for k, v in asdict(mlp).items() if v is not None} for mlp in self.neurons.mlps]
+            data["neurons"] = {"cut": self.neurons.cut, "mlps": mlps}
         return data
 
     @classmethod
@@ -141,10 +157,17 @@ class SparsifyConfig(QuantizationConfigMixin):
             ),
             linears={name: _linear_entry(name, entry, where) for name, entry in raw.linears.items()},
             allocation=raw.allocation,
+            neurons=None if raw.neurons is None else _neurons(raw.neurons, f"{where}.neurons"),
         )
         if sorted(name for names in config.sites for name in names) != sorted(config.linears):
             raise CheckpointError(f"{where}: sites and linears do not name the same linears")
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _neurons(data: object, where: str) -> NeuronCuts:
+    raw = from_mapping(_NeuronSchema, data, where=where, error=CheckpointError)
+    mlps = (from_mapping(Mlp, entry, where=f"{where}.mlps", error=CheckpointError) for entry in raw.mlps)
+    return NeuronCuts(raw.cut, tuple(mlps))
 
 
 def _linear_entry(name: str, data: object, where: str) -> LinearEntry:

@@ -24,8 +24,9 @@ from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask, scores
 from sparsify.linear import SparsitySwitch
-from sparsify.methods import Method
+from sparsify.methods import AnyMethod, Method, NeuronMethod
 from sparsify.models import check_context
+from sparsify.neuron_conversion import convert_neurons
 from sparsify.plugin import attach
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
@@ -73,7 +74,7 @@ class _Fit:
 
 def convert(
     model: PreTrainedModel,
-    method: Method,
+    method: AnyMethod,
     calibration: Calibration,
     *,
     allocation: Allocation | str | None = None,
@@ -91,6 +92,8 @@ def convert(
     _check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
     shapes = linear_shapes(model, targets)
+    if isinstance(method, NeuronMethod):
+        return convert_neurons(model, method, calibration, targets, shapes, allocation=allocation, progress=progress)
     method = method.bind(shapes)
     linears = _prepare(model, targets, shapes)
     chooser = allocation_of(allocation, method)

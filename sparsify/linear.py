@@ -90,6 +90,11 @@ class SparseLayer(nn.Module):
             if self.lr_b is not None:
                 self.lr_b = self.lr_b.contiguous()
 
+    @property
+    def runs_sparse(self) -> bool:
+        """Whether a forward would run sparse now."""
+        return self.switch.sparse
+
     def tensors(self) -> SparseTensors:
         bias = self.bias if self.sparse_bias is None else self.sparse_bias
         return SparseTensors(self.weight, bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)

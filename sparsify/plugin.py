@@ -22,6 +22,7 @@ from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels import triton_backend
 from sparsify.linear import SparsitySwitch, is_linear
 from sparsify.mapped import MappedWeights
+from sparsify.mlp_layer import place_neuron_layers
 from sparsify.preflight import check_files, check_loaded
 from sparsify.runtime import set_prefill, sparse_layers
 from sparsify.token_layer import make_layer
@@ -73,7 +74,9 @@ class SparsifyQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        # A prompt's choice is made in hooks, which a compiled forward does not run.
+        neurons = self.quantization_config.neurons
+        return neurons is None or neurons.cut != "prompt-top-k"
 
 
 def register() -> None:
@@ -112,7 +115,8 @@ def _decode_fast(model: PreTrainedModel) -> None:
 def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
     """Replaces every linear that the configuration names by an unfitted sparse layer of its cut, rank and scale.
 
-    Raises CheckpointError for a name that is not a linear of the model, or a rank that its shape cannot have.
+    Raises CheckpointError for a name that is not a linear of the model, a rank that its shape cannot have, or an MLP
+    that is not one of the model's.
     """
     switch = SparsitySwitch()
     modules = dict(model.named_modules())
@@ -137,6 +141,8 @@ def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
         )
         layer.density = entry.density
         model.set_submodule(name, layer)
+    if config.neurons is not None:
+        place_neuron_layers(model, config.neurons)
 
 
 # Importing this module first imports the table of quantizers, whose hook finds it half-imported and leaves it to this.

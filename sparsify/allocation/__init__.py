@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sparsify.budget import Candidate, LinearShape
 from sparsify.calibration import Calibration, Progress
 from sparsify.errors import SparsifyError, suggest
-from sparsify.methods import Method
+from sparsify.methods import AnyMethod, Method
 from sparsify.trial import TargetLinear
 
 Choices = dict[str, tuple[Candidate, ...]]
@@ -93,7 +93,7 @@ def get_allocation(name: str) -> Allocation:
     return known[name].config_class()
 
 
-def allocation_of(asked: Allocation | str | None, method: Method) -> Allocation:
+def allocation_of(asked: Allocation | str | None, method: AnyMethod) -> Allocation:
     """Returns the allocation that is asked for; for None the method's own default, uniform where it has none."""
     if asked is None:
         asked = str(getattr(method, "default_allocation", "uniform"))

@@ -1,7 +1,8 @@
 """The sparsification methods, one file each; the file name is the method's name, with - for _.
 
 A method is a frozen dataclass that says how each linear's byte budget may be spent (`candidates`); the conversion
-measures the candidates on calibration text and keeps the best. A module with METHOD, SUMMARY, PAPER and FACTS is one.
+measures the candidates on calibration text and keeps the best; or it names a cut of MLP neurons (`neuron_cut`).
+A module with METHOD, SUMMARY, PAPER and FACTS is one.
 """
 
 import importlib
@@ -9,10 +10,11 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from sparsify.budget import Candidate, LinearShape
 from sparsify.errors import SparsifyError, suggest
+from sparsify.neuron_cut import NeuronCut
 
 
 class Method(Protocol):
@@ -33,6 +35,23 @@ class Method(Protocol):
     def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
         """Returns the ways to spend this linear's budget, the preferred of equals first."""
         ...
+
+
+@runtime_checkable
+class NeuronMethod(Protocol):
+    """What a conversion needs of a method that chooses neurons of MLPs (sparsify.neuron_conversion)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    neuron_cut: ClassVar[NeuronCut]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sparsity(self) -> float: ...
+
+
+AnyMethod = Method | NeuronMethod
 
 
 @dataclass(frozen=True)
@@ -59,13 +78,13 @@ class MethodInfo:
     summary: str
     paper: str
     facts: Facts
-    config_class: type[Method]
+    config_class: type[AnyMethod]
 
     @property
     def options(self) -> tuple[str, ...]:
         return tuple(f.name for f in fields(self.config_class))
 
-    def configure(self, **options: Any) -> Method:
+    def configure(self, **options: Any) -> AnyMethod:
         """Returns the configured method. Raises SparsifyError for an option that it does not take or is missing."""
         for option in options:
             if option not in self.options:

@@ -74,3 +74,29 @@ def test_a_recipe_is_followed(run: Run, dense_model: Path, tmp_path: Path, quick
     entries = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]["linears"]
     assert entries["model.layers.0.self_attn.q_proj"]["rho"] == 0.5
     assert entries["model.layers.1.self_attn.q_proj"]["sparsity"] == 0.5
+
+
+def test_a_method_that_chooses_per_prompt(
+    run: Run, dense_model: Path, text_file: Path, tmp_path: Path, quick: list[str]
+) -> None:
+    out = tmp_path / "griffin"
+    flags = ["convert", dense_model, "--method", "griffin", "--sparsity", "0.3", *quick]
+    result = run(*flags, "--eval-windows", "1", "--out", out, "--format", "json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["prefill"] == "dense"
+    assert data["measured"]["sparse"]["protocol"] == "decode"
+    refused = run(*flags, "--prefill", "sparse", "--out", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "method griffin chooses neurons by a prompt that runs dense" in " ".join(refused.stderr.split())
+    refused = run("eval", out, "--text", text_file, "--seq-len", "16", "--limit", "1")
+    assert refused.exit_code == 2
+    assert "use --protocol decode" in " ".join(refused.stderr.split())
+    assert run("eval", out, "--text", text_file, "--seq-len", "16", "--protocol", "decode").exit_code == 0
+    assert "prompt-top-k in 2 MLPs" in run("inspect", out).stdout
+
+
+def test_a_budget_beyond_the_mlps_is_refused_before_any_work(run: Run, dense_model: Path, quick: list[str]) -> None:
+    result = run("convert", dense_model, "--method", "cats", "--sparsity", "0.9", "--dry-run", *quick)
+    assert result.exit_code == 2
+    assert "sparsity 0.9 cannot be met by method cats" in " ".join(result.stderr.split())

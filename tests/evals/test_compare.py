@@ -152,6 +152,15 @@ def test_a_killed_run_goes_on_where_it_was(subject: Subject, tmp_path: Path, mon
     assert len(_run(subject, out, settings=Settings(seq_len=16, limit=2, sequences=2))) == 6
 
 
+def test_a_protocol_without_meaning_is_a_cell(subject: Subject, tmp_path: Path) -> None:
+    options = {"methods": ["griffin"], "sparsities": [0.3]}
+    cells = _run(subject, tmp_path / "r.json", protocols=["every-token", "decode"], **options)
+    assert ["refused" in cell for cell in cells] == [False, False, True, False]
+    assert "use --protocol decode" in cells[2]["refused"]
+    with pytest.raises(SparsifyError, match="unknown protocol 'decoded'"):
+        _run(subject, tmp_path / "other.json", protocols=["decoded"], **options)
+
+
 def test_a_generation_check_is_added_to_cells_that_are_there(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

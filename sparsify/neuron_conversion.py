@@ -1,0 +1,218 @@
+"""A conversion that chooses neurons of MLPs: MLPs → one density of neurons → calibrate → measure → swap.
+
+Every linear of the blocks becomes a sparse layer, so that one ledger holds them all; those that are not cut keep every
+channel. Not covered: shares that differ from MLP to MLP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsify import __version__
+from sparsify.allocation import Allocation, allocation_of
+from sparsify.budget import LinearShape
+from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
+from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
+from sparsify.errors import SparsifyError
+from sparsify.kernels.reference import keep_mask
+from sparsify.linear import SparsitySwitch, make_sparse
+from sparsify.methods import NeuronMethod
+from sparsify.mlp_layer import place_neuron_layers
+from sparsify.mlp_targets import cut_mlps, find_mlps
+from sparsify.neuron_budget import neuron_densities
+from sparsify.neuron_cut import Mlp, NeuronCut, NeuronCuts
+from sparsify.plugin import attach
+from sparsify.prompt_choice import squared_shares
+from sparsify.runtime import sparse_layers
+from sparsify.targets import Targets, dense_weight
+from sparsify.token_cut import top_k_mask
+
+# Windows of the calibration text on which the output error is measured.
+_ERROR_WINDOWS = 8
+
+
+@dataclass
+class _Fit:
+    """An MLP's density and its number, t or k, with its error sum while it is measured."""
+
+    mlp: Mlp
+    density: float
+    number: float = -1.0
+    error: float = 0.0
+    tokens: int = 0
+
+
+def convert_neurons(
+    model: PreTrainedModel,
+    method: NeuronMethod,
+    calibration: Calibration,
+    targets: Targets,
+    shapes: Mapping[str, LinearShape],
+    *,
+    allocation: Allocation | str | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Converts the model in place and returns it. Raises SparsifyError as sparsify.conversion.convert does."""
+    _refuse_allocation(allocation, method)
+    cut = method.neuron_cut
+    fits: list[_Fit] = []
+    if method.sparsity > 0.0:
+        fits = plan_neurons(model, method, targets, shapes, calibration.tokens[:1, :8])
+        _fit(model, fits, cut, calibration, progress)
+        _measure_errors(model, fits, cut, calibration, progress)
+    entries = _entries(shapes, fits, cut)
+    neurons = NeuronCuts(cut, tuple(fit.mlp for fit in fits)) if fits else None
+    _swap(model, shapes, entries, neurons, fits)
+    config = SparsifyConfig(
+        sparsify_version=__version__,
+        method=method.name,
+        method_config=asdict(method),
+        # A prompt that chooses runs dense: nothing else can be asked of it.
+        prefill="dense" if cut == "prompt-top-k" and fits else "sparse",
+        sites=[list(site.names) for site in targets.sites],
+        left_dense=[*targets.left_dense, *_not_cut(entries, method)],
+        calibration=CalibrationEntry(**calibration.fingerprint),
+        linears=entries,
+        neurons=neurons,
+    )
+    attach(model, config)
+    return model
+
+
+def plan_neurons(
+    model: PreTrainedModel, method: NeuronMethod, targets: Targets, shapes: Mapping[str, LinearShape], tokens: Tensor
+) -> list[_Fit]:
+    """Returns the MLPs that the method cuts, with their densities; runs one short forward on tokens [1, S].
+
+    Raises SparsifyError where the model has none, or the budget cannot be met.
+    """
+    cut = method.neuron_cut
+    mlps = cut_mlps(model, find_mlps(model, targets, tokens), cut, method.name)
+    densities = neuron_densities(shapes, mlps, cut, sparsity=method.sparsity, method=method.name)
+    return [_Fit(mlp, densities[mlp.down]) for mlp in mlps]
+
+
+def _refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> None:
+    name = allocation_of(asked, method).name
+    if name != "uniform":
+        raise SparsifyError(
+            f"allocation {name} moves bytes between linears, and method {method.name} skips the same share of "
+            "neurons in every MLP: use allocation uniform, or another method"
+        )
+
+
+def _fit(
+    model: PreTrainedModel, fits: list[_Fit], cut: NeuronCut, calibration: Calibration, progress: Progress | None
+) -> None:
+    """Sets k, or t: the quantile of |act(gate x)| on the calibration text, MLP by MLP (arXiv 2404.08763)."""
+    if cut == "prompt-top-k":
+        for fit in fits:
+            fit.number = float(round(fit.density * fit.mlp.neurons))
+        return
+    histograms = {fit.mlp.activation: ScoreHistogram() for fit in fits}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, args, y, counted=histogram: counted.add(y))
+        for name, histogram in histograms.items()
+    ]
+    try:
+        run_batches(model, calibration.tokens, "calibrate", progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for fit in fits:
+        histogram = histograms[fit.mlp.activation]
+        if not histogram.finite:
+            raise SparsifyError(
+                f"the outputs of {fit.mlp.activation} are not finite on the calibration text, so no threshold can be "
+                "fitted: check the model in this dtype, or load it in another (--dtype)"
+            )
+        fit.number = max(histogram.threshold(fit.density), 0.0)
+
+
+def _measure_errors(
+    model: PreTrainedModel, fits: list[_Fit], cut: NeuronCut, calibration: Calibration, progress: Progress | None
+) -> None:
+    """Sums ‖ŷ − y‖²/‖y‖² of every MLP's output over the tokens of some windows, on dense inputs.
+
+    Where the prompt chooses, the first half of a window is the prompt and the second half is measured.
+    """
+    by_down = {fit.mlp.down: fit for fit in fits}
+    activated: dict[str, Tensor] = {}
+    weights = {name: dense_weight(model.get_submodule(name)) for name in by_down}
+
+    def see(name: str, x: Tensor) -> None:
+        fit, number = by_down[name], torch.tensor(by_down[name].number, device=x.device)
+        h = x.reshape(-1, x.shape[-1])
+        if cut == "gate-threshold":
+            keep = keep_mask(activated[fit.mlp.activation].reshape(h.shape), number)
+        else:
+            prompt = (len(h) + 1) // 2
+            keep = top_k_mask(squared_shares(h[:prompt]).sum(dim=0), number)
+            h = h[prompt:]
+        weight = weights[name].float()
+        dropped = F.linear(torch.where(keep, 0.0, h).float(), weight).square().sum(-1, dtype=torch.float64)
+        size = F.linear(h.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
+        fit.tokens += len(h)
+        fit.error += float((dropped / size).sum())
+
+    handles = [
+        model.get_submodule(fit.mlp.activation).register_forward_hook(
+            lambda _, args, y, name=fit.mlp.activation: activated.update({name: y})
+        )
+        for fit in fits
+    ]
+    step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
+    try:
+        with hooked({name: model.get_submodule(name) for name in by_down}, see):
+            run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _entries(shapes: Mapping[str, LinearShape], fits: list[_Fit], cut: NeuronCut) -> dict[str, LinearEntry]:
+    """Returns what the configuration says of every linear; an MLP's error stands at its down."""
+    entries = {name: LinearEntry(0.0, 1.0, 0, False, 1.0, 0.0) for name in shapes}
+    for fit in fits:
+        for name, share in fit.mlp.shares(cut).items():
+            density = 1.0 - share * (1.0 - fit.density)
+            overhead = shapes[name].overhead_bytes(scaled=False) / shapes[name].dense_bytes
+            error = fit.error / max(fit.tokens, 1) if name == fit.mlp.down else 0.0
+            entries[name] = LinearEntry(max(1.0 - density - overhead, 0.0), 1.0, 0, False, density, error)
+    return entries
+
+
+def _not_cut(entries: Mapping[str, LinearEntry], method: NeuronMethod) -> list[str]:
+    names = [name for name, entry in entries.items() if entry.density == 1.0]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{len(names)} linears that {method.name} does not cut, touched in full: {', '.join(names[:3])}{more}"]
+
+
+def _swap(
+    model: PreTrainedModel,
+    shapes: Mapping[str, LinearShape],
+    entries: Mapping[str, LinearEntry],
+    neurons: NeuronCuts | None,
+    fits: list[_Fit],
+) -> None:
+    switch = SparsitySwitch()
+    for name in shapes:
+        layer = make_sparse(model.get_submodule(name), scaled=False, rank=0, switch=switch)
+        layer.density = entries[name].density
+        model.set_submodule(name, layer)
+    if neurons is None:
+        return
+    place_neuron_layers(model, neurons)
+    layers = sparse_layers(model)
+    for fit in fits:
+        if neurons.cut == "prompt-top-k":
+            for name in fit.mlp.linears:
+                layers[name].threshold.fill_(fit.number)
+            continue
+        assert fit.mlp.gate is not None
+        layers[fit.mlp.gate].threshold.fill_(fit.number)
+        layers[fit.mlp.down].threshold.fill_(0.0)
