@@ -37,15 +37,18 @@ def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
     return {"linears": len(targets.names), "sites": len(targets.sites), "kinds": rows, "left_dense": targets.left_dense}
 
 
-def check_budgets(model: "PreTrainedModel", method: "Method") -> None:
-    """Raises SparsifyError where the method cannot meet its budget, or does not fit the linears of this model."""
+def check_budgets(model: "PreTrainedModel", method: "Method", *, uniform: bool) -> None:
+    """Raises SparsifyError where the method does not fit the linears of this model, or cannot meet its budget.
+
+    The latter with uniform shares only: what other allocations give a linear is known when they have run.
+    """
     import torch
 
     from sparsify.targets import find_targets, linear_shapes
 
     shapes = linear_shapes(model, find_targets(model, torch.zeros(1, 8, dtype=torch.int64)))
     bound = method.bind(shapes)
-    for name, shape in shapes.items():
+    for name, shape in shapes.items() if uniform else ():
         bound.candidates(name, shape)
 
 

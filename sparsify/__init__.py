@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsify.ledger import Ledger as Ledger
     from sparsify.ledger import ledger_of as ledger_of
     from sparsify.methods.auto import Auto as Auto
+    from sparsify.methods.larosa import Larosa as Larosa
     from sparsify.methods.rsparse import RSparse as RSparse
     from sparsify.methods.statistical_topk import StatisticalTopK as StatisticalTopK
     from sparsify.methods.teal import Teal as Teal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sparsify.methods.wina import Wina as Wina
     from sparsify.models import load_dense as load_dense
     from sparsify.models import load_tokenizer as load_tokenizer
+    from sparsify.rotation import rotate as rotate
     from sparsify.runtime import dense as dense
     from sparsify.runtime import set_prefill as set_prefill
     from sparsify.text import Text as Text
@@ -42,6 +44,7 @@ _PUBLIC = {
     "CheckpointError": "sparsify.errors",
     "Ledger": "sparsify.ledger",
     "Auto": "sparsify.methods.auto",
+    "Larosa": "sparsify.methods.larosa",
     "RSparse": "sparsify.methods.rsparse",
     "SparsifyConfig": "sparsify.config",
     "SparsifyError": "sparsify.errors",
@@ -58,6 +61,7 @@ _PUBLIC = {
     "load_dense": "sparsify.models",
     "load_tokenizer": "sparsify.models",
     "read_text": "sparsify.text",
+    "rotate": "sparsify.rotation",
     "save": "sparsify.checkpoint",
     "set_prefill": "sparsify.runtime",
     "verify": "sparsify.checkpoint",

@@ -24,7 +24,8 @@ class LinearEntry:
     error is the mean of ‖y − ŷ‖² / ‖y‖² over tokens, on dense inputs; density is the calibrated share of channels a
     token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at;
     cut says how each token's channels are cut where that is not by a fixed threshold (sparsify.token_cut); compensated
-    is true where sparse forwards have a bias of their own, which makes up for the mean of what they drop.
+    is true where sparse forwards have a bias of their own, which makes up for the mean of what they drop;
+    rotation names the linear of its site that stores the Q whose Qᵀx is cut in the place of x.
     """
 
     sparsity: float
@@ -36,6 +37,7 @@ class LinearEntry:
     energy_ranks: list[int] | None = None
     cut: TokenCut | None = None
     compensated: bool | None = None
+    rotation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,14 @@ class _Schema:
     calibration: dict[str, Any]
     linears: dict[str, Any]
     allocation: str = "uniform"
+    rotated: bool = False
 
 
 class SparsifyConfig(QuantizationConfigMixin):
     """What transformers keeps as `model.config.quantization_config` and writes into config.json.
 
     linears: LinearEntry by module name, in module order; sites: the names that share an input; allocation: how the
-    budget was spent over the linears.
+    budget was spent over the linears; rotated: whether the residual stream was turned first (sparsify.rotation).
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         calibration: CalibrationEntry,
         linears: dict[str, LinearEntry],
         allocation: str = "uniform",
+        rotated: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.schema_version = SCHEMA_VERSION
@@ -94,6 +98,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.calibration = calibration
         self.linears = linears
         self.allocation = allocation
+        self.rotated = rotated
 
     @property
     def sparsity(self) -> float:
@@ -109,6 +114,8 @@ class SparsifyConfig(QuantizationConfigMixin):
         if self.allocation == "uniform":
             # Readers that know no other allocation refuse the key.
             del data["allocation"]
+        if not self.rotated:
+            del data["rotated"]
         return data
 
     @classmethod
@@ -141,10 +148,26 @@ class SparsifyConfig(QuantizationConfigMixin):
             ),
             linears={name: _linear_entry(name, entry, where) for name, entry in raw.linears.items()},
             allocation=raw.allocation,
+            rotated=raw.rotated,
         )
         if sorted(name for names in config.sites for name in names) != sorted(config.linears):
             raise CheckpointError(f"{where}: sites and linears do not name the same linears")
+        _check_rotations(config, where)
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _check_rotations(config: SparsifyConfig, where: str) -> None:
+    for names in config.sites:
+        for name in names:
+            owner = config.linears[name].rotation
+            if owner is None:
+                continue
+            if owner not in names or config.linears[owner].rotation != owner:
+                raise CheckpointError(
+                    f"{where}.linears[{name!r}]: rotation is {owner!r}, which is not a linear of its site that has one"
+                )
+            if config.linears[name].cut != "top-k":
+                raise CheckpointError(f"{where}.linears[{name!r}]: it has a rotation, but not the cut 'top-k'")
 
 
 def _linear_entry(name: str, data: object, where: str) -> LinearEntry:
