@@ -31,6 +31,7 @@ from sparsify.evals.realised import RealisedDensity
 from sparsify.ledger import ledger_of
 from sparsify.methods import Method, get_method
 from sparsify.models import load_dense, load_tokenizer
+from sparsify.rotation import rotate
 from sparsify.text import Windows, read_text, windows
 
 METHODS = ("teal", "wina", "rsparse:rho=auto", "rsparse:rho=0.95", "rsparse:rho=0.9", "rsparse:rho=1.0")
@@ -57,7 +58,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How texts become windows, the same for all cells of a run. limit: evaluation windows at most."""
+    """How texts become windows, the same for all cells of a run.
+
+    limit: evaluation windows at most; rotate: turn the model first, the dense one too (sparsify.rotation).
+    """
 
     seq_len: int = 256
     stride: int | None = None
@@ -65,6 +69,7 @@ class Settings:
     sequences: int = 32
     batch_size: int = 8
     dtype: str = "auto"
+    rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,9 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 def _key(loaded: _Loaded, label: str, sparsity: float, protocol: str, settings: Settings) -> dict[str, Any]:
     evaluation = loaded.windows
-    return {
+    # Only named where it is so: keys of older files stay the same.
+    rotated = {"rotated": True} if settings.rotate else {}
+    return rotated | {
         "model": loaded.subject.name,
         "model_sha256": loaded.model_sha256,
         "dtype": settings.dtype,
@@ -194,12 +201,15 @@ def _measure(
     model = load_dense(loaded.subject.model, dtype=settings.dtype)
     if label != DENSE:
         try:
-            convert(model, parse_method(label, sparsity), loaded.calibration, allocation=parse_allocation(label))
+            method, allocation = parse_method(label, sparsity), parse_allocation(label)
+            convert(model, method, loaded.calibration, allocation=allocation, rotate=settings.rotate)
         except UnavailableError:
             raise
         except SparsifyError as error:
             yield from ({"key": key, "refused": str(error)} for key in pending)
             return
+    elif settings.rotate:
+        rotate(model, loaded.calibration)
     for key in pending:
         started = time.perf_counter()
         with RealisedDensity(model) as realised:
@@ -257,9 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=32, help="calibration windows")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rotate", action="store_true", help="turn the model into its principal components first")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    settings = Settings(args.seq_len, args.stride, args.limit, args.sequences, args.batch_size, args.dtype)
+    settings = Settings(args.seq_len, args.stride, args.limit, args.sequences, args.batch_size, args.dtype, args.rotate)
     try:
         cells = run(
             [Subject(*specs) for specs in args.model], out=args.out, methods=args.methods,

@@ -48,7 +48,8 @@ def _section(cells: list[Cell]) -> str:
 def _head(cells: list[Cell]) -> Iterator[str]:
     key = cells[0]["key"]
     calibration = key["calibration"]
-    yield f"## {key['model']}, {key['protocol']}"
+    rotated = ", rotated" if key.get("rotated") else ""
+    yield f"## {key['model']}{rotated}, {key['protocol']}"
     yield ""
     for cell in cells:
         if cell["key"]["method"] == "dense":

@@ -89,7 +89,7 @@ def convert(
     allocation: how the budget is spent over the linears, by name or with its own options (sparsify.allocation); None
     for the method's own, which is uniform for all but auto and larosa.
     rotate: turn the model's residual stream first (sparsify.rotation.rotate), whatever the method; its weights change
-    then, and not what it computes.
+    then, and not what it computes; a conversion that is refused later leaves it rotated.
 
     The linears of its blocks become sparse layers, and model.config.quantization_config a SparsifyConfig.
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.

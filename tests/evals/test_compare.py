@@ -1,5 +1,6 @@
 """The comparison: cells, resuming after a kill, refused budgets, and the table."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ def test_labels_become_methods() -> None:
         parse_method("teal:rho=1", 0.5)
     with pytest.raises(SparsifyError, match="not of the form"):
         parse_method("rsparse:rho", 0.5)
+
+
+def test_a_rotated_model_is_another_group(subject: Subject, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    plain = _run(subject, out, methods=["teal"])
+    both = _run(subject, out, methods=["teal"], settings=dataclasses.replace(_SETTINGS, rotate=True))
+    assert both[:2] == plain
+    assert [cell["key"].get("rotated") for cell in both] == [None, None, True, True]
+    dense, rotated = (cell["result"]["quality"]["perplexity"] for cell in (both[0], both[2]))
+    assert rotated == pytest.approx(dense, rel=1e-3)
+    assert both[1]["result"]["quality"]["perplexity"] != both[3]["result"]["quality"]["perplexity"]
+    assert "tiny, rotated, every-token" in render(both)
 
 
 def test_cells_hold_what_was_measured_and_no_folder(subject: Subject, tmp_path: Path) -> None:
