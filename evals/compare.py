@@ -199,17 +199,16 @@ def _measure(
     if not pending:
         return
     model = load_dense(loaded.subject.model, dtype=settings.dtype)
+    if settings.rotate:
+        rotate(model, loaded.calibration)
     if label != DENSE:
         try:
-            method, allocation = parse_method(label, sparsity), parse_allocation(label)
-            convert(model, method, loaded.calibration, allocation=allocation, rotate=settings.rotate)
+            convert(model, parse_method(label, sparsity), loaded.calibration, allocation=parse_allocation(label))
         except UnavailableError:
             raise
         except SparsifyError as error:
             yield from ({"key": key, "refused": str(error)} for key in pending)
             return
-    elif settings.rotate:
-        rotate(model, loaded.calibration)
     for key in pending:
         started = time.perf_counter()
         with RealisedDensity(model) as realised:
