@@ -101,10 +101,12 @@ def split_budget(
         overhead += shape.rotation_bytes
     budget = (1.0 - sparsity) * shape.dense_bytes - overhead
     if budget <= 0:
+        stored = {"scales": score != "magnitude", "compensation": compensated, "rotation": rotated}
+        taken = " and ".join(["thresholds", *(part for part, has in stored.items() if has)])
         raise SparsifyError(
             f"sparsity {sparsity} leaves {(1 - sparsity) * shape.dense_bytes:.0f} bytes for {name} "
-            f"[{shape.outputs}, {shape.inputs}], less than its thresholds, scales, compensation and rotation take: "
-            "use a lower sparsity, or method teal, which has none of them but a threshold"
+            f"[{shape.outputs}, {shape.inputs}], less than its {taken} take: use a lower sparsity, "
+            "or method teal, which has thresholds only"
         )
     inputs, outputs = shape.inputs, shape.outputs
     kept = inputs * (1.0 - sparsity)
