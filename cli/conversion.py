@@ -42,9 +42,9 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     tokenizer, calibration, windows = _read_texts(spec, settings, progress)
     model = _load_dense(spec, settings, device, progress)
     if dry_run or out is None:
-        check_budgets(model, method)
+        check_budgets(model, method, uniform=allocation.name == "uniform")
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
-    conversion.convert(model, method, calibration, allocation=allocation, progress=progress)
+    conversion.convert(model, method, calibration, allocation=allocation, rotate=settings.rotate, progress=progress)
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill or config.prefill
     set_prefill(model, config.prefill)
@@ -66,7 +66,7 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    options = {"rho": settings.rho, "score": settings.score, "recipe": settings.recipe}
+    options = {"rho": settings.rho, "score": settings.score, "recipe": settings.recipe, "rotation": settings.rotation}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if settings.compensate:
         given["compensate"] = True

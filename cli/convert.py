@@ -39,8 +39,9 @@ def convert(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How the budget is spent over the linears: uniform, greedy (TEAL's) or sensitivity (by gradients).",
-            show_default="sensitivity for auto, uniform for every other method",
+            help="How the budget is spent over the linears: uniform, greedy (TEAL's), larosa (a fixed split) or "
+            "sensitivity (by gradients).",
+            show_default="sensitivity for auto, larosa for larosa, else uniform",
         ),
     ] = None,
     rho: Annotated[
@@ -64,6 +65,16 @@ def convert(
     compensate: Annotated[
         bool | None,
         typer.Option("--compensate", help="Give the mean of what is dropped back as a bias, paid from the budget."),
+    ] = None,
+    rotation: Annotated[
+        str | None,
+        typer.Option(help="larosa: model, one for all, or layer, one for each input.", show_default="model"),
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate", help="Rotate the model into its principal components first: the same function, new weights."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -125,9 +136,10 @@ def convert(
     """
     given = {
         "model": model, "out": out, "method": method, "sparsity": sparsity, "allocation": allocation,
-        "rho": parse_rho(rho), "score": score, "recipe": recipe, "compensate": compensate,
-        "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill, "dtype": dtype,
-        "device": device, "seed": seed, "eval_windows": eval_windows, "trust_remote_code": trust_remote_code,
+        "rho": parse_rho(rho), "score": score, "recipe": recipe, "compensate": compensate, "rotation": rotation,
+        "rotate": rotate, "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill,
+        "dtype": dtype, "device": device, "seed": seed, "eval_windows": eval_windows,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     output = Output(format, save)
     base = ConvertSettings.from_yaml(config) if config is not None else _DEFAULTS

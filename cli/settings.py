@@ -28,6 +28,8 @@ class ConvertSettings:
     score: str | None = None
     recipe: str | None = None
     compensate: bool = False
+    rotation: str | None = None
+    rotate: bool = False
     calibration: str = "stdlib:calibration"
     sequences: int = 32
     seq_len: int = 512

@@ -37,8 +37,11 @@ def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
     return {"linears": len(targets.names), "sites": len(targets.sites), "kinds": rows, "left_dense": targets.left_dense}
 
 
-def check_budgets(model: "PreTrainedModel", method: "AnyMethod") -> None:
-    """Raises SparsifyError where the method cannot meet its budget, or does not fit the linears of this model."""
+def check_budgets(model: "PreTrainedModel", method: "AnyMethod", *, uniform: bool) -> None:
+    """Raises SparsifyError where the method does not fit the linears of this model, or cannot meet its budget.
+
+    The latter with uniform shares only: what other allocations give a linear is known when they have run.
+    """
     import torch
 
     from sparsify.methods import NeuronMethod
@@ -53,7 +56,7 @@ def check_budgets(model: "PreTrainedModel", method: "AnyMethod") -> None:
             plan_neurons(model, method, targets, shapes, tokens)
         return
     bound = method.bind(shapes)
-    for name, shape in shapes.items():
+    for name, shape in shapes.items() if uniform else ():
         bound.candidates(name, shape)
 
 

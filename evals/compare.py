@@ -18,7 +18,7 @@ import sparsify
 from sparsify.errors import SparsifyError
 from sparsify.evals.cells import Cell, CellFile, read_cells
 from sparsify.evals.compare_cell import DENSE, measured
-from sparsify.evals.compare_labels import parse_allocation, parse_method
+from sparsify.evals.compare_labels import parse_allocation, parse_method, parse_rotate
 from sparsify.evals.compare_subject import LoadedSubject, Settings, Subject, load_subject, weights_sha256
 from sparsify.evals.perplexity import check_protocol
 
@@ -70,6 +70,7 @@ def _check(methods: Sequence[str], sparsities: Sequence[float], protocols: Seque
         for sparsity in sparsities:
             parse_method(label, sparsity)
         parse_allocation(label)
+        parse_rotate(label)
     for protocol in protocols:
         check_protocol(protocol)
     if seeds < 1:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsify.conversion import convert
 from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.evals.cells import Cell
-from sparsify.evals.compare_labels import parse_allocation, parse_method
+from sparsify.evals.compare_labels import parse_allocation, parse_method, parse_rotate
 from sparsify.evals.compare_subject import LoadedSubject
 from sparsify.evals.divergence import Divergence
 from sparsify.evals.generation_check import compare_continuations, continue_greedily
@@ -38,7 +38,8 @@ def measured(loaded: LoadedSubject, cells: list[Cell]) -> Iterator[Cell]:
     try:
         if not is_dense:
             method, allocation = parse_method(key["method"], key["sparsity"]), parse_allocation(key["method"])
-            convert(model, method, loaded.calibrations[key["seed"]], allocation=allocation)
+            rotate = parse_rotate(key["method"])
+            convert(model, method, loaded.calibrations[key["seed"]], allocation=allocation, rotate=rotate)
     except UnavailableError:
         raise
     except SparsifyError as error:

@@ -1,4 +1,7 @@
-"""The labels of a comparison's methods: NAME[:OPTION=VALUE[,OPTION=VALUE]][@ALLOCATION]."""
+"""The labels of a comparison's methods: NAME[:OPTION=VALUE[,OPTION=VALUE]][@ALLOCATION].
+
+Beside a method's own options there is `rotate=true` for every method: the model is rotated first (sparsify.rotation).
+"""
 
 from typing import Any
 
@@ -24,6 +27,20 @@ def split_labels(text: str) -> list[str]:
 
 def parse_method(label: str, sparsity: float) -> AnyMethod:
     """Returns the method of a label such as "teal" or "rsparse:rho=0.95,score=magnitude@greedy" at one sparsity."""
+    name, options = _parts(label)
+    options.pop("rotate", None)
+    return get_method(name).configure(sparsity=sparsity, **options)
+
+
+def parse_rotate(label: str) -> bool:
+    """Returns whether the label asks for a rotated model. Raises SparsifyError for a value but true and false."""
+    rotate = _parts(label)[1].get("rotate", False)
+    if not isinstance(rotate, bool):
+        raise SparsifyError(f"method {label!r}: rotate is {rotate!r}, it must be true or false")
+    return rotate
+
+
+def _parts(label: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = label.partition("@")[0].partition(":")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -34,7 +51,7 @@ def parse_method(label: str, sparsity: float) -> AnyMethod:
             options[option] = float(value)
         except ValueError:
             options[option] = {"true": True, "false": False}.get(value, value)
-    return get_method(name).configure(sparsity=sparsity, **options)
+    return name, options
 
 
 def parse_allocation(label: str) -> Allocation | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparsify.methods.auto import Auto as Auto
     from sparsify.methods.cats import Cats as Cats
     from sparsify.methods.griffin import Griffin as Griffin
+    from sparsify.methods.larosa import Larosa as Larosa
     from sparsify.methods.rsparse import RSparse as RSparse
     from sparsify.methods.statistical_topk import StatisticalTopK as StatisticalTopK
     from sparsify.methods.teal import Teal as Teal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sparsify.methods.wina import Wina as Wina
     from sparsify.models import load_dense as load_dense
     from sparsify.models import load_tokenizer as load_tokenizer
+    from sparsify.rotation import rotate as rotate
     from sparsify.runtime import dense as dense
     from sparsify.runtime import set_prefill as set_prefill
     from sparsify.text import Text as Text
@@ -46,6 +48,7 @@ _PUBLIC = {
     "Auto": "sparsify.methods.auto",
     "Cats": "sparsify.methods.cats",
     "Griffin": "sparsify.methods.griffin",
+    "Larosa": "sparsify.methods.larosa",
     "RSparse": "sparsify.methods.rsparse",
     "SparsifyConfig": "sparsify.config",
     "SparsifyError": "sparsify.errors",
@@ -62,6 +65,7 @@ _PUBLIC = {
     "load_dense": "sparsify.models",
     "load_tokenizer": "sparsify.models",
     "read_text": "sparsify.text",
+    "rotate": "sparsify.rotation",
     "save": "sparsify.checkpoint",
     "set_prefill": "sparsify.runtime",
     "verify": "sparsify.checkpoint",

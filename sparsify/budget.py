@@ -13,6 +13,8 @@ from typing import Literal
 from sparsify.errors import SparsifyError
 from sparsify.token_cut import TokenCut
 
+# What is rotated: the whole residual stream, or the input of each attention and MLP.
+Rotation = Literal["model", "layer"]
 Score = Literal["magnitude", "column-norm", "residual-norm"]
 
 THRESHOLD_BYTES = 4
@@ -21,11 +23,16 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Shape [outputs, inputs] of a linear's weight and the bytes of one of its elements."""
+    """Shape [outputs, inputs] of a linear's weight and the bytes of one of its elements.
+
+    site_outputs: the outputs of all linears of its input site, where that is the input of an attention or an MLP; 0 for
+    a linear that writes to the residual stream (o, down).
+    """
 
     outputs: int
     inputs: int
     element_size: int
+    site_outputs: int = 0
 
     @property
     def dense_bytes(self) -> int:
@@ -34,6 +41,13 @@ class LinearShape:
     def overhead_bytes(self, *, scaled: bool, compensated: bool = False) -> int:
         bias = self.outputs * self.element_size if compensated else 0
         return THRESHOLD_BYTES + (SCALE_BYTES * self.inputs if scaled else 0) + bias
+
+    @property
+    def rotation_bytes(self) -> float:
+        """Its part of the site's rotation [inputs, inputs], which all linears of the site share by their outputs."""
+        if not self.site_outputs:
+            return 0.0
+        return self.inputs * self.inputs * self.element_size * self.outputs / self.site_outputs
 
     def low_rank_bytes(self, rank: int) -> int:
         return rank * (self.inputs + self.outputs) * self.element_size
@@ -45,7 +59,7 @@ class Candidate:
 
     density is the share of channels a token uses on average, rho the share of the budget meant for channels; cut says
     how a token's channels are cut, None by a threshold that is the same for all tokens; compensated, whether the mean
-    of what is dropped is given back as a bias.
+    of what is dropped is given back as a bias; rotated, whether the channels are those of Qᵀx, Q stored by site.
     """
 
     sparsity: float
@@ -55,6 +69,7 @@ class Candidate:
     score: Score
     cut: TokenCut | None = None
     compensated: bool = False
+    rotated: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -62,25 +77,36 @@ class Candidate:
 
 
 def split_budget(
-    name: str, shape: LinearShape, *, sparsity: float, rho: float, score: Score, compensated: bool = False
+    name: str,
+    shape: LinearShape,
+    *,
+    sparsity: float,
+    rho: float,
+    score: Score,
+    compensated: bool = False,
+    rotated: bool = False,
 ) -> Candidate:
     """Splits the bytes (1 − sparsity) · dense_bytes of one linear into a rank and a density of channels.
 
     The rank is R-Sparse's ⌊(I·O·(1−s) − ⌊I(1−s)ρ⌋·O)/(I+O)⌋, from the linear's own shape (arXiv 2504.19449 and its
     code, which takes O = hidden size for k and v: wrong under grouped-query attention). We differ in the rest: what
-    rounding leaves over goes to channels, and scales, thresholds and compensation are paid from the same budget.
-    Raises SparsifyError where the budget does not even pay for the scales.
+    rounding leaves over goes to channels, and all that is stored besides channels is paid from the same budget.
+    Raises SparsifyError where the budget does not even pay for these.
     """
     if sparsity == 0.0:
         # The whole budget in channels is the dense linear, exactly.
         return Candidate(sparsity, 1.0, 0, 1.0, "magnitude")
-    overhead = shape.overhead_bytes(scaled=score != "magnitude", compensated=compensated)
+    overhead: float = shape.overhead_bytes(scaled=score != "magnitude", compensated=compensated)
+    if rotated:
+        overhead += shape.rotation_bytes
     budget = (1.0 - sparsity) * shape.dense_bytes - overhead
     if budget <= 0:
+        stored = {"scales": score != "magnitude", "compensation": compensated, "rotation": rotated}
+        taken = " and ".join(["thresholds", *(part for part, has in stored.items() if has)])
         raise SparsifyError(
             f"sparsity {sparsity} leaves {(1 - sparsity) * shape.dense_bytes:.0f} bytes for {name} "
-            f"[{shape.outputs}, {shape.inputs}], less than its thresholds, scales and compensation take: use a lower "
-            "sparsity, or method teal without compensation, which has no scales"
+            f"[{shape.outputs}, {shape.inputs}], less than its {taken} take: use a lower sparsity, "
+            "or method teal, which has thresholds only"
         )
     inputs, outputs = shape.inputs, shape.outputs
     kept = inputs * (1.0 - sparsity)
@@ -88,7 +114,7 @@ def split_budget(
     rank = math.floor((kept * outputs - channels * outputs) / (inputs + outputs)) if rho < 1.0 else 0
     rank = min(rank, inputs, outputs, math.floor(budget / shape.low_rank_bytes(1)))
     density = (budget - shape.low_rank_bytes(rank)) / shape.dense_bytes
-    return Candidate(sparsity, rho, rank, min(density, 1.0), score, compensated=compensated)
+    return Candidate(sparsity, rho, rank, min(density, 1.0), score, compensated=compensated, rotated=rotated)
 
 
 def uncompensated(candidate: Candidate, shape: LinearShape) -> Candidate:

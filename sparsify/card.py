@@ -20,7 +20,7 @@ def render_card(
         f"# {source}, {config.method} at {config.sparsity:.0%}",
         "",
         f"Activation-sparse: each token uses the weight columns that matter for it. Made by sparsify "
-        f"{config.sparsify_version} from `{source}`; the dense weights are unchanged, so without sparsify this folder "
+        f"{config.sparsify_version} from `{source}`; {_weights(config)}, so without sparsify this folder "
         "loads as the dense model.",
         "",
         "```python",
@@ -46,6 +46,12 @@ def render_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _weights(config: SparsifyConfig) -> str:
+    if config.rotated:
+        return "the dense weights were rotated, which changes what they compute by rounding only"
+    return "the dense weights are unchanged"
 
 
 def _options(config: SparsifyConfig) -> str:

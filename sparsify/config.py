@@ -25,7 +25,8 @@ class LinearEntry:
     error is the mean of ‖y − ŷ‖² / ‖y‖² over tokens, on dense inputs; density is the calibrated share of channels a
     token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at;
     cut says how each token's channels are cut where that is not by a fixed threshold (sparsify.token_cut); compensated
-    is true where sparse forwards have a bias of their own, which makes up for the mean of what they drop.
+    is true where sparse forwards have a bias of their own, which makes up for the mean of what they drop;
+    rotation names the linear of its site that stores the Q whose Qᵀx is cut in the place of x.
     """
 
     sparsity: float
@@ -37,6 +38,7 @@ class LinearEntry:
     energy_ranks: list[int] | None = None
     cut: TokenCut | None = None
     compensated: bool | None = None
+    rotation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ class _Schema:
     linears: dict[str, Any]
     allocation: str = "uniform"
     neurons: dict[str, Any] | None = None
+    rotated: bool = False
 
 
 class SparsifyConfig(QuantizationConfigMixin):
     """What transformers keeps as `model.config.quantization_config` and writes into config.json.
 
     linears: LinearEntry by module name, in module order; sites: the names that share an input; allocation: how the
-    budget was spent over the linears; neurons: the MLPs whose neurons are chosen, None where input channels are.
+    budget was spent over the linears; neurons: the MLPs whose neurons are chosen, None where input channels are;
+    rotated: whether the residual stream was turned first (sparsify.rotation).
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         linears: dict[str, LinearEntry],
         allocation: str = "uniform",
         neurons: NeuronCuts | None = None,
+        rotated: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.schema_version = SCHEMA_VERSION
@@ -104,6 +109,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.linears = linears
         self.allocation = allocation
         self.neurons = neurons
+        self.rotated = rotated
 
     @property
     def sparsity(self) -> float:
@@ -125,6 +131,8 @@ class SparsifyConfig(QuantizationConfigMixin):
         else:
             mlps = [{k: v for k, v in asdict(mlp).items() if v is not None} for mlp in self.neurons.mlps]
             data["neurons"] = {"cut": self.neurons.cut, "mlps": mlps}
+        if not self.rotated:
+            del data["rotated"]
         return data
 
     @classmethod
@@ -158,9 +166,11 @@ class SparsifyConfig(QuantizationConfigMixin):
             linears={name: _linear_entry(name, entry, where) for name, entry in raw.linears.items()},
             allocation=raw.allocation,
             neurons=None if raw.neurons is None else _neurons(raw.neurons, f"{where}.neurons"),
+            rotated=raw.rotated,
         )
         if sorted(name for names in config.sites for name in names) != sorted(config.linears):
             raise CheckpointError(f"{where}: sites and linears do not name the same linears")
+        _check_rotations(config, where)
         return (config, kwargs) if return_unused_kwargs else config
 
 
@@ -168,6 +178,20 @@ def _neurons(data: object, where: str) -> NeuronCuts:
     raw = from_mapping(_NeuronSchema, data, where=where, error=CheckpointError)
     mlps = (from_mapping(Mlp, entry, where=f"{where}.mlps", error=CheckpointError) for entry in raw.mlps)
     return NeuronCuts(raw.cut, tuple(mlps))
+
+
+def _check_rotations(config: SparsifyConfig, where: str) -> None:
+    for names in config.sites:
+        for name in names:
+            owner = config.linears[name].rotation
+            if owner is None:
+                continue
+            if owner not in names or config.linears[owner].rotation != owner:
+                raise CheckpointError(
+                    f"{where}.linears[{name!r}]: rotation is {owner!r}, which is not a linear of its site that has one"
+                )
+            if config.linears[name].cut != "top-k":
+                raise CheckpointError(f"{where}.linears[{name!r}]: it has a rotation, but not the cut 'top-k'")
 
 
 def _linear_entry(name: str, data: object, where: str) -> LinearEntry:

@@ -28,10 +28,12 @@ from sparsify.methods import AnyMethod, Method, NeuronMethod
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
 from sparsify.plugin import attach
+from sparsify.rotation import eigenbasis, rotation_problem, second_moments
+from sparsify.rotation import rotate as rotate_model
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
 from sparsify.token_cut import TokenCut, counted_scores, cut_mask, fitted_number
-from sparsify.token_layer import make_layer
+from sparsify.token_layer import link_rotations, make_layer, rotated_part
 from sparsify.trial import TargetLinear, Trial
 
 # Windows of the calibration text on which candidates are compared.
@@ -47,6 +49,7 @@ class _Fit:
     scale: Tensor | None
     lr_a: Tensor | None
     lr_b: Tensor | None
+    rotation: Tensor | None
     error: float = 0.0
     tokens: int = 0
     # Sum of what was dropped [I] while the pass for compensation runs, then c = R·E[dropped] [O].
@@ -55,6 +58,8 @@ class _Fit:
 
     def dropped(self, x: Tensor) -> Tensor:
         """Returns the part of x [..., I] that it does not use, in fp32."""
+        if self.rotation is not None:
+            return (x - rotated_part(x, self.rotation, torch.tensor(self.threshold, device=x.device))).float()
         return torch.where(self.keep(x), 0.0, x).float()
 
     def missing(self, dropped: Tensor, weight: Tensor) -> Tensor:
@@ -78,12 +83,15 @@ def convert(
     calibration: Calibration,
     *,
     allocation: Allocation | str | None = None,
+    rotate: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Converts the model in place and returns it; its weights are kept, not copied.
 
     allocation: how the budget is spent over the linears, by name or with its own options (sparsify.allocation); None
-    for the method's own, which is uniform for all but auto.
+    for the method's own, which is uniform for all but auto and larosa.
+    rotate: turn the model's residual stream first (sparsify.rotation.rotate), whatever the method; its weights change
+    then, and not what it computes; a conversion that is refused later leaves it rotated.
 
     The linears of its blocks become sparse layers, and model.config.quantization_config a SparsifyConfig.
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
@@ -95,8 +103,11 @@ def convert(
     if isinstance(method, NeuronMethod):
         return convert_neurons(model, method, calibration, targets, shapes, allocation=allocation, progress=progress)
     method = method.bind(shapes)
-    linears = _prepare(model, targets, shapes)
     chooser = allocation_of(allocation, method)
+    rotate = rotate or _rotates(model, method)
+    if rotate:
+        rotate_model(model, calibration, progress=progress)
+    linears = _prepare(model, targets, shapes)
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
     learns = bool(getattr(method, "learns_compensation", False))
     if learns:
@@ -110,8 +121,15 @@ def convert(
     if learns:
         chosen = _learn(model, linears, fits, calibration, progress)
     _swap(model, linears, chosen)
-    _describe(model, method, chooser, calibration, targets, linears, chosen)
+    _describe(model, method, chooser, calibration, targets, linears, chosen, rotate)
     return model
+
+
+def _rotates(model: PreTrainedModel, method: Method) -> bool:
+    rotation = getattr(method, "rotation", None)
+    if rotation == "where-possible":
+        return method.sparsity > 0.0 and rotation_problem(model) is None
+    return rotation == "model"
 
 
 def _refuse_converted(model: PreTrainedModel) -> None:
@@ -152,13 +170,33 @@ def _fit(
     progress: Progress | None,
 ) -> dict[str, list[_Fit]]:
     histograms = _collect(model, linears, choices, calibration, progress)
+    rotations = _rotations(model, linears, choices, calibration, progress)
     fits: dict[str, list[_Fit]] = {}
     for index, (name, linear) in enumerate(linears.items()):
         _decompose(linear, choices[name])
-        fits[name] = [_fit_candidate(name, linear, c, histograms) for c in choices[name]]
+        fits[name] = [_fit_candidate(name, linear, c, histograms, rotations.get(linear.site)) for c in choices[name]]
         if progress is not None:
             progress("fit", index + 1, len(linears))
     return fits
+
+
+def _rotations(
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    choices: Choices,
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[int, Tensor]:
+    """Returns Q [I, I] of every site whose candidates are rotated, in the weights' dtype."""
+    first: dict[int, TargetLinear] = {}
+    for name, linear in linears.items():
+        if any(candidate.rotated for candidate in choices[name]):
+            first.setdefault(linear.site, linear)
+    if not first:
+        return {}
+    groups = {f"input site {site}": {"": linear.module} for site, linear in first.items()}
+    moments = second_moments(model, groups, calibration, progress=progress)
+    return {site: eigenbasis(moments[f"input site {site}"]).to(linear.weight) for site, linear in first.items()}
 
 
 def _decompose(linear: TargetLinear, candidates: tuple[Candidate, ...]) -> None:
@@ -208,7 +246,11 @@ def _histogram_key(name: str, linear: TargetLinear, candidate: Candidate) -> _Hi
 
 
 def _fit_candidate(
-    name: str, linear: TargetLinear, candidate: Candidate, histograms: Mapping[_HistogramKey, ScoreHistogram]
+    name: str,
+    linear: TargetLinear,
+    candidate: Candidate,
+    histograms: Mapping[_HistogramKey, ScoreHistogram],
+    rotation: Tensor | None,
 ) -> _Fit:
     histogram = histograms[_histogram_key(name, linear, candidate)]
     if not histogram.finite:
@@ -220,7 +262,8 @@ def _fit_candidate(
     if candidate.cut is not None:
         inputs = linear.weight.shape[1]
         threshold = fitted_number(candidate.cut, threshold, density=candidate.density, inputs=inputs)
-    return _Fit(candidate, threshold, linear.scale(candidate), *linear.factors(candidate.rank))
+    rotation = rotation if candidate.rotated else None
+    return _Fit(candidate, threshold, linear.scale(candidate), *linear.factors(candidate.rank), rotation)
 
 
 def _compensate(
@@ -324,7 +367,13 @@ def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: M
         fit = chosen[name]
         c = fit.candidate
         layer = make_layer(
-            linear.module, cut=c.cut, scaled=c.scaled, rank=c.rank, compensated=c.compensated, switch=switch
+            linear.module,
+            cut=c.cut,
+            scaled=c.scaled,
+            rank=c.rank,
+            compensated=c.compensated,
+            rotated=c.rotated,
+            switch=switch,
         )
         layer.threshold.fill_(fit.threshold)
         if layer.scale is not None and fit.scale is not None:
@@ -336,6 +385,19 @@ def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: M
             # The unfitted layer's is the dense bias, or 0; the sum is rounded once.
             layer.sparse_bias.copy_(layer.sparse_bias.float() + fit.compensation)
         model.set_submodule(name, layer)
+    layers, owners = sparse_layers(model), _owners(linears, chosen)
+    link_rotations(layers, owners)
+    for name in owners.values():
+        rotation = chosen[name].rotation
+        assert rotation is not None
+        layers[name].get_buffer("rotation").copy_(rotation)
+
+
+def _owners(linears: Mapping[str, TargetLinear], chosen: Mapping[str, _Fit]) -> dict[str, str]:
+    """Returns {rotated linear: the first of its site, which stores the rotation}."""
+    first: dict[int, str] = {}
+    turned = [name for name in linears if chosen[name].rotation is not None]
+    return {name: first.setdefault(linears[name].site, name) for name in turned}
 
 
 def _describe(
@@ -346,14 +408,16 @@ def _describe(
     targets: Targets,
     linears: Mapping[str, TargetLinear],
     chosen: Mapping[str, _Fit],
+    rotated: bool,
 ) -> None:
-    entries = {}
+    entries, owners = {}, _owners(linears, chosen)
     for name, linear in linears.items():
         c = chosen[name].candidate
         error = chosen[name].error / max(chosen[name].tokens, 1)
         ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
-        compensated = c.compensated or None
-        entries[name] = LinearEntry(c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks, c.cut, compensated)
+        entries[name] = LinearEntry(
+            c.sparsity, c.rho, c.rank, c.scaled, c.density, error, ranks, c.cut, c.compensated or None, owners.get(name)
+        )
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
@@ -365,5 +429,6 @@ def _describe(
         calibration=CalibrationEntry(**calibration.fingerprint),
         linears=entries,
         allocation=allocation.name,
+        rotated=rotated,
     )
     attach(model, config)

@@ -4,6 +4,7 @@ Nominal sparsity is what was asked for; weighted sparsity is what the ledger hol
 counted; realised sparsity is the same ledger with the densities that some text really had (`with_densities`).
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +22,10 @@ from sparsify.targets import decoder_of, is_expert_weight
 
 @dataclass(frozen=True)
 class LinearBytes:
-    """One linear's bytes for one token; density is the share of channels used. Biases are touched dense or sparse."""
+    """One linear's bytes for one token; density is the share of channels used. Biases are touched dense or sparse.
+
+    rotation_bytes: its part of the rotation that the linears of its input site share.
+    """
 
     name: str
     outputs: int
@@ -31,6 +35,7 @@ class LinearBytes:
     density: float
     scaled: bool
     compensated: bool = False
+    rotation_bytes: float = 0.0
 
     @property
     def shape(self) -> LinearShape:
@@ -49,11 +54,12 @@ class LinearBytes:
         return self.shape.low_rank_bytes(self.rank)
 
     @property
-    def overhead_bytes(self) -> int:
-        """Threshold, score scales and compensation; none in a linear that keeps every channel."""
+    def overhead_bytes(self) -> float:
+        """Threshold, score scales, compensation and rotation; none in a linear that keeps every channel."""
         if self.density >= 1.0 and not self.rank and not self.compensated:
             return 0
-        return self.shape.overhead_bytes(scaled=self.scaled, compensated=self.compensated)
+        own = self.shape.overhead_bytes(scaled=self.scaled, compensated=self.compensated)
+        return own + self.rotation_bytes
 
     @property
     def touched_bytes(self) -> float:
@@ -106,8 +112,8 @@ class Ledger:
             "rest_bytes_per_token": self.rest_bytes,
             "left_dense": list(self.left_dense),
             "linears": [
-                # Readers that know no compensation refuse the key.
-                {k: v for k, v in asdict(linear).items() if k != "compensated" or v}
+                # Readers that do not know what a linear does not have refuse the keys.
+                {k: v for k, v in asdict(linear).items() if k not in ("compensated", "rotation_bytes") or v}
                 for linear in self.linears
             ],
         }
@@ -130,19 +136,26 @@ def ledger_of(model: PreTrainedModel) -> Ledger:
     """Returns the ledger of a converted model, from its layers and its configuration."""
     config = model.config.quantization_config
     assert isinstance(config, SparsifyConfig)
-    linears = []
-    for name, layer in sparse_layers(model).items():
+    linears, layers = [], sparse_layers(model)
+    turned: Counter[str] = Counter()
+    for name, layer in layers.items():
+        turned[config.linears[name].rotation or ""] += layer.sparse_out
+    for name, layer in layers.items():
         entry = config.linears[name]
+        size = layer.weight.element_size()
+        site_outputs = turned[entry.rotation] if entry.rotation is not None else 0
+        shape = LinearShape(layer.sparse_out, layer.sparse_in, size, site_outputs)
         linears.append(
             LinearBytes(
                 name=name,
                 outputs=layer.sparse_out,
                 inputs=layer.sparse_in,
-                element_size=layer.weight.element_size(),
+                element_size=size,
                 rank=layer.rank,
                 density=entry.density,
                 scaled=layer.scale is not None,
                 compensated=layer.sparse_bias is not None,
+                rotation_bytes=shape.rotation_bytes,
             )
         )
     return Ledger(config.sparsity, tuple(linears), rest_bytes(model), tuple(config.left_dense))

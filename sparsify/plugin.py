@@ -25,7 +25,7 @@ from sparsify.mapped import MappedWeights
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.preflight import check_files, check_loaded
 from sparsify.runtime import set_prefill, sparse_layers
-from sparsify.token_layer import make_layer
+from sparsify.token_layer import link_rotations, make_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,8 +115,8 @@ def _decode_fast(model: PreTrainedModel) -> None:
 def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
     """Replaces every linear that the configuration names by an unfitted sparse layer of its cut, rank and scale.
 
-    Raises CheckpointError for a name that is not a linear of the model, a rank that its shape cannot have, or an MLP
-    that is not one of the model's.
+    Raises CheckpointError for a name that is not a linear of the model, a rank that its shape cannot have, a rotation
+    of another width, or an MLP that is not one of the model's.
     """
     switch = SparsitySwitch()
     modules = dict(model.named_modules())
@@ -137,12 +137,19 @@ def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
             scaled=entry.scaled,
             rank=entry.rank,
             compensated=bool(entry.compensated),
+            rotated=entry.rotation is not None,
             switch=switch,
         )
         layer.density = entry.density
         model.set_submodule(name, layer)
     if config.neurons is not None:
         place_neuron_layers(model, config.neurons)
+    rotations = {name: entry.rotation for name, entry in config.linears.items() if entry.rotation is not None}
+    for name, owner in rotations.items():
+        widths = [sparse_layers(model)[n].sparse_in for n in (name, owner)]
+        if widths[0] != widths[1]:
+            raise CheckpointError(f"quantization_config turns {name} of {widths[0]} inputs as {owner} of {widths[1]}")
+    link_rotations(sparse_layers(model), rotations)
 
 
 # Importing this module first imports the table of quantizers, whose hook finds it half-imported and leaves it to this.

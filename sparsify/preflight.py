@@ -19,11 +19,12 @@ from sparsify.errors import CheckpointError
 from sparsify.linear import SparseConv1D, SparseLinear
 from sparsify.runtime import sparse_layers
 from sparsify.strict import read_json
+from sparsify.token_layer import is_rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADDED = ("threshold", "scale", "lr_a", "lr_b", "sparse_bias")
+ADDED = ("threshold", "scale", "lr_a", "lr_b", "sparse_bias", "rotation")
 INDEX = "model.safetensors.index.json"
 
 # File, name in the file, shape and dtype of a tensor.
@@ -46,7 +47,7 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     expected = {f"{name}.{added}" for name in layers for added in ADDED}
     for tensor in owners:
         base, _, last = tensor.rpartition(".")
-        if last in ADDED and (tensor not in expected or layers[base]._buffers[last] is None):
+        if last in ADDED and (tensor not in expected or layers[base]._buffers.get(last) is None):
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
     known = model.state_dict()
     # Tensors that transformers merges while it reads them cannot be compared: check_loaded sees what is missing then.
@@ -186,6 +187,8 @@ def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[
             values = _check_values(stored, key, path)
             if key == "threshold" and (problem := layer.threshold_problem(float(values))) is not None:
                 raise CheckpointError(f"{full} {problem}: the checkpoint is damaged, convert again")
+            if key == "rotation" and not is_rotation(values):
+                raise CheckpointError(f"{full} is not orthogonal: the checkpoint is damaged, convert again")
 
 
 def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:

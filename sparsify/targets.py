@@ -68,10 +68,16 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 def linear_shapes(model: PreTrainedModel, targets: Targets) -> dict[str, LinearShape]:
     """Returns the shapes of the targets in module order, the order of recipes and reports, not in call order."""
     found = set(targets.names)
+    modules = {name: module for name, module in model.named_modules() if name in found}
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    read: dict[str, int] = {}
+    for site in targets.sites:
+        outputs = sum(linear_shape(modules[name])[0] for name in site.names)
+        # By structure: what reads the residual stream widens it, what writes to it does not.
+        read |= dict.fromkeys(site.names, outputs if outputs > site.inputs == width else 0)
     return {
-        name: LinearShape(*linear_shape(module), dense_weight(module).element_size())
-        for name, module in model.named_modules()
-        if name in found
+        name: LinearShape(*linear_shape(module), dense_weight(module).element_size(), read[name])
+        for name, module in modules.items()
     }
 
 

@@ -1,11 +1,15 @@
 """Layers whose cut depends on the token (sparsify.token_cut): the layers of sparsify.linear with another `keep`.
 
-What is kept goes through the plain reference product; k or z is the `threshold` buffer. Not covered: fast kernels,
-which know a fixed threshold only, so these layers refuse every backend but the reference.
+What is kept goes through the plain reference product; k or z is the `threshold` buffer. A layer may cut Qᵀx in the
+place of x: Q is stored once for the linears of an input site, in the first of them. Not covered: fast kernels, which
+know a fixed threshold on x only, so these layers refuse every backend but the reference.
 """
 
 import math
+from collections.abc import Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
@@ -40,6 +44,36 @@ class _TopK(_TokenCutLayer):
         return None
 
 
+class _RotatedTopK(_TopK):
+    """y = W·Q·topk(Qᵀx) + b. Computed as W (Q topk(Qᵀx)): no second copy W·Q of a weight is held."""
+
+    rotation: Tensor
+    # The layer of its site that stores Q, in a tuple: not one of this layer's modules.
+    _owner: "tuple[_RotatedTopK, ...]" = ()
+
+    def link(self, owner: "_RotatedTopK") -> None:
+        """Uses the owner's Q; the owner itself stores one, the identity until it is set or loaded."""
+        if owner is not self:
+            self._owner = (owner,)
+            return
+        like = self.weight
+        self.register_buffer("rotation", torch.eye(self.sparse_in, dtype=like.dtype, device=like.device))
+
+    def _basis(self, x: Tensor) -> Tensor:
+        owner = self._owner[0] if self._owner else self
+        return owner.rotation.to(x.device)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Returns the channels of Qᵀx that a sparse forward uses, bool, the shape of x [..., I]."""
+        return super().keep(x @ self._basis(x))
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        if not self.switch.sparse:
+            return None
+        t = self.tensors()
+        return F.linear(rotated_part(x, self._basis(x), self.threshold), t.weight, t.bias)
+
+
 class _MeanStd(_TokenCutLayer):
     def keep(self, x: Tensor) -> Tensor:
         return mean_std_mask(scores(x, self.scale), self.threshold)
@@ -58,6 +92,14 @@ class TopKLinear(_TopK, SparseLinear):  # type: ignore[misc]
 
 class TopKConv1D(_TopK, SparseConv1D):  # type: ignore[misc]
     """Conv1D [I, O] that uses the k channels of each token with the largest scores."""
+
+
+class RotatedTopKLinear(_RotatedTopK, SparseLinear):  # type: ignore[misc]
+    """nn.Linear [O, I] that uses the k channels of each token's Qᵀx with the largest magnitudes."""
+
+
+class RotatedTopKConv1D(_RotatedTopK, SparseConv1D):  # type: ignore[misc]
+    """Conv1D [I, O] that uses the k channels of each token's Qᵀx with the largest magnitudes."""
 
 
 class MeanStdLinear(_MeanStd, SparseLinear):  # type: ignore[misc]
@@ -81,11 +123,39 @@ def make_layer(
     scaled: bool,
     rank: int,
     compensated: bool = False,
+    rotated: bool = False,
     switch: SparsitySwitch,
 ) -> SparseLinear | SparseConv1D:
     """Returns make_sparse's layer for a fixed threshold (cut None), or the one whose cut depends on the token.
 
-    The latter's k or z is still to be set. Raises TypeError for another module than nn.Linear or Conv1D.
+    The latter's k or z is still to be set; a rotated one is still to be linked to its rotation (link_rotations).
+    Raises TypeError for another module than nn.Linear or Conv1D.
     """
     kinds = (SparseLinear, SparseConv1D) if cut is None else _KINDS[cut]
+    if rotated:
+        kinds = (RotatedTopKLinear, RotatedTopKConv1D)
     return make_sparse(linear, scaled=scaled, rank=rank, compensated=compensated, switch=switch, kinds=kinds)
+
+
+def link_rotations(layers: Mapping[str, nn.Module], rotations: Mapping[str, str]) -> None:
+    """Gives rotated layers the Q of the layer that stores it; rotations: {layer: the one that stores its Q}."""
+    for name, owner in rotations.items():
+        layer, storing = layers[name], layers[owner]
+        assert isinstance(layer, _RotatedTopK)
+        assert isinstance(storing, _RotatedTopK)
+        layer.link(storing)
+
+
+def rotated_part(x: Tensor, rotation: Tensor, k: Tensor) -> Tensor:
+    """Returns Q topk(Qᵀx), the part of x [..., I] that is used; rotation [I, I] is Q."""
+    z = x @ rotation
+    return torch.where(top_k_mask(scores(z), k), z, 0.0) @ rotation.T
+
+
+def is_rotation(q: Tensor) -> bool:
+    """Whether QᵀQ is the identity up to the rounding of its dtype, on a few random directions."""
+    # On the CPU, as values that are read from a file are: a default device may be set while a model is loaded.
+    generator = torch.Generator("cpu").manual_seed(0)
+    probes = torch.randn(len(q), 8, generator=generator, dtype=torch.float64, device="cpu")
+    error = (q.double().T @ (q.double() @ probes) - probes).norm() / probes.norm()
+    return bool(error < 0.02)

@@ -37,6 +37,11 @@ class Auto:
         return "sensitivity"
 
     @property
+    def rotation(self) -> str:
+        """Where the model can be rotated as a whole (sparsify.rotation), it is: that costs a token nothing."""
+        return "where-possible"
+
+    @property
     def learns_compensation(self) -> bool:
         """Whether a conversion learns the compensation of this method's candidates (sparsify.compensation)."""
         return True

@@ -49,15 +49,23 @@ class TopK:
         split = split_budget(
             name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
         )
-        if split.density == 1.0:
-            return (split,)
-        k = math.floor(split.density * shape.inputs)
-        if k == 0:
-            raise SparsifyError(
-                f"sparsity {self.sparsity} pays for less than one of the {shape.inputs} channels of {name}: "
-                "use a lower sparsity, or method teal, which keeps a channel of some tokens only"
-            )
-        return (replace(split, density=k / shape.inputs, cut="top-k"),)
+        return (whole_channels(name, shape, split),)
+
+
+def whole_channels(name: str, shape: LinearShape, split: Candidate) -> Candidate:
+    """Returns the split with its density rounded down to k channels, cut by top-k; a dense one as it is.
+
+    Raises SparsifyError where it pays for less than one channel.
+    """
+    if split.density == 1.0:
+        return split
+    k = math.floor(split.density * shape.inputs)
+    if k == 0:
+        raise SparsifyError(
+            f"sparsity {split.sparsity} pays for less than one of the {shape.inputs} channels of {name}: "
+            "use a lower sparsity, or method teal, which keeps a channel of some tokens only"
+        )
+    return replace(split, density=k / shape.inputs, cut="top-k")
 
 
 METHOD = TopK

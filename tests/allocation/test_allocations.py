@@ -12,13 +12,14 @@ import sparsify
 from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina
 from sparsify.allocation import Allocation, available, get_allocation
 from sparsify.allocation.greedy import Greedy
+from sparsify.allocation.larosa import LarosaSplit
 from sparsify.allocation.sensitivity import Sensitivity
 from sparsify.allocation.uniform import Uniform
 from sparsify.budget import LinearShape, fill_budget
 from sparsify.methods import Method
 from sparsify.runtime import sparse_layers
 
-ALLOCATIONS = [Uniform(), Greedy(step=0.1, windows=1), Sensitivity(steps=3, batch=2)]
+ALLOCATIONS = [Uniform(), Greedy(step=0.1, windows=1), Sensitivity(steps=3, batch=2), LarosaSplit()]
 METHODS = [Teal(sparsity=0.5), Wina(sparsity=0.6), RSparse(sparsity=0.4, score="auto")]
 
 
@@ -114,7 +115,7 @@ def test_least_shares_above_the_budget_are_refused() -> None:
 
 
 def test_an_unknown_allocation_is_refused(tiny_llama: PreTrainedModel, tiny_calibration: Calibration) -> None:
-    assert {"uniform", "greedy", "sensitivity"} <= set(available())
+    assert {"uniform", "greedy", "larosa", "sensitivity"} <= set(available())
     with pytest.raises(SparsifyError, match=r"unknown allocation 'greddy'.*Did you mean 'greedy'"):
         sparsify.convert(tiny_llama, Teal(sparsity=0.5), tiny_calibration, allocation="greddy")
     assert get_allocation("greedy") == Greedy()

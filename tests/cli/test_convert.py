@@ -40,7 +40,7 @@ def test_flags_win_over_the_file(run: Run, dense_model: Path, tmp_path: Path, qu
     assert yaml.safe_load((tmp_path / "o" / "sparsify.yaml").read_text())["sparsity"] == 0.5
 
 
-@pytest.mark.parametrize("method", ["rsparse", "teal", "wina"])
+@pytest.mark.parametrize("method", ["rsparse", "teal", "wina", "larosa"])
 def test_human_output_says_what_was_made(
     run: Run, dense_model: Path, tmp_path: Path, quick: list[str], method: str
 ) -> None:
@@ -50,6 +50,22 @@ def test_human_output_says_what_was_made(
     assert f"{method} at 50.0%" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "calibrate: 4/4, done in" in result.stderr
+
+
+def test_rotation_and_compensation_are_flags(run: Run, dense_model: Path, tmp_path: Path, quick: list[str]) -> None:
+    flags = ["--method", "teal", "--rotate", "--compensate"]
+    assert run("convert", dense_model, "--out", tmp_path / "o", *flags, *quick).exit_code == 0
+    section = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+    assert section["rotated"] is True
+    assert section["method_config"] == {"sparsity": 0.5, "compensate": True}
+    larosa = ["--method", "larosa", "--rotation", "layer", "--sparsity", "0.25"]
+    assert run("convert", dense_model, "--out", tmp_path / "l", *larosa, *quick).exit_code == 0
+    section = json.loads((tmp_path / "l" / "config.json").read_text())["quantization_config"]
+    assert "rotated" not in section
+    assert section["method_config"]["rotation"] == "layer"
+    refused = run("convert", dense_model, "--out", tmp_path / "t", "--method", "teal", "--rotation", "layer", *quick)
+    assert refused.exit_code == 2
+    assert "larosa does" in " ".join(refused.output.split())
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(
