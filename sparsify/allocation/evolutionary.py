@@ -274,7 +274,10 @@ class _Search:
                 self.problem.model.base_model(input_ids=self.tokens, use_cache=False)
             return
         for name, placed in self.trial.placed.items():
-            placed.threshold = self.histograms[name, placed.candidate.score].threshold(placed.candidate.density)
+            candidate = placed.candidate
+            # A dense linear, whose score is none that the method offers, keeps every channel.
+            if candidate.density < 1.0:
+                placed.threshold = self.histograms[name, candidate.score].threshold(candidate.density)
 
     def _resumed(self) -> SearchState | None:
         if self.settings.state is None:
