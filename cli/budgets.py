@@ -133,7 +133,8 @@ def _meet_speed(
     kernels = get_method(method.name).facts.kernels
     if kernels == ("reference",):
         raise SparsifyError(f"--speedup: method {method.name} has no kernel that skips weights, so nothing gets faster")
-    table = _cost_table(settings, make, calibration, progress)
+    path = None if settings.cost_table is None else Path(settings.cost_table)
+    table = cost_table_of(path, make, calibration, progress)
     sparsity = sparsity_for(table, settings.speedup)
     progress.note(f"sparsity {sparsity:.1%} is predicted to be {table.predicted_speedup(sparsity):.2f} times as fast")
     method = replace(method, sparsity=sparsity)
@@ -151,14 +152,13 @@ def _meet_speed(
     return model, Met(said, document)
 
 
-def _cost_table(
-    settings: ConvertSettings, make: "Callable[[], PreTrainedModel]", calibration: "Calibration", progress: Progress
+def cost_table_of(
+    path: Path | None, make: "Callable[[], PreTrainedModel]", calibration: "Calibration", progress: Progress
 ) -> "CostTable":
-    """Returns the costs in the file of --cost-table, or measured and, where a file is named, written to it."""
+    """Returns the costs in a file, or measures them and, where a file is named, writes it."""
     from sparsify.evals.cost_table import measure_costs, read_cost_table
     from sparsify.evals.sides import dense_copy
 
-    path = None if settings.cost_table is None else Path(settings.cost_table)
     model = make()
     if path is not None and path.exists():
         return read_cost_table(path, model)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 import sparsify
@@ -27,7 +28,6 @@ from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.evals.comparison_table import render
 from sparsify.evals.perplexity import perplexity
 from sparsify.evals.realised import RealisedDensity
-from sparsify.fingerprint import weights_sha256
 from sparsify.ledger import ledger_of
 from sparsify.methods import Method, get_method
 from sparsify.models import load_dense, load_tokenizer
@@ -155,6 +155,15 @@ def _load(subject: Subject, settings: Settings) -> _Loaded:
     )
     model = load_dense(subject.model, dtype=settings.dtype)
     return _Loaded(subject, weights_sha256(model), evaluation, calibration)
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Returns the SHA-256 of the model's parameters and buffers: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _key(loaded: _Loaded, label: str, sparsity: float, protocol: str, settings: Settings) -> dict[str, Any]:
