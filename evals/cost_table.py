@@ -1,9 +1,11 @@
 """What a decoded token costs on this machine: milliseconds by density for each shape of linear, and the rest.
 
-Measured in the model itself, as it decodes: one shape's linears at one density, all others with every channel kept, all
-such settings and every dense side in turns in one run. What the shape costs at a density is the step's time less that
-with none of its channels kept. So caches are as full, threads as busy and calls as many as in real decoding. A
-prediction adds the shapes up by the share of bytes that each linear touches: a low rank counts as its bytes.
+Measured in the model itself, as it decodes: one shape's linears at one density, all others with every channel kept; all
+such settings, every channel kept, none kept and every dense side in turns in one run. What a shape costs at a density
+is the step's time less that with none of its channels kept. So caches are as full, threads as busy and calls as many as
+in real decoding. Costs are scaled by one factor so that with the rest they add up to what every channel costs. A time
+is the 10th percentile of its steps: what disturbs a step only makes it longer. A prediction adds the shapes up by the
+share of bytes that each linear touches: a low rank counts as its bytes.
 Not covered: a GPU, several sequences, contexts of other lengths.
 """
 
@@ -35,7 +37,7 @@ from sparsify.targets import find_targets, linear_shapes
 SCHEMA_VERSION = 1
 # Nominal; what is written down is what the measured steps really kept.
 _SPARSITIES = (0.9, 0.75, 0.5, 0.25)
-_EVERY = "every channel kept"
+_EVERY, _NONE = "every channel kept", "no channel kept"
 _MOST_PROMPT, _MOST_STEPS = 64, 24
 # What must be the same for a table to hold.
 _MACHINE = ("device", "cpu", "threads", "isa")
@@ -60,7 +62,7 @@ class ShapeCost:
 class CostTable:
     """Costs of one model's structure on one machine.
 
-    dense_ms: medians of the dense sides; rest_ms: of a sparse token without its linears: attention, norms, head.
+    dense_ms: of the dense sides; rest_ms: of a token with no channel kept: attention, norms, head, calls.
     """
 
     machine: dict[str, Any]
@@ -163,9 +165,9 @@ def measure_costs(
         in_turns(turns, 1)
         with CpuWait() as wait:
             seconds = in_turns(turns, rounds, progress)
-        ms = {name: Spread.of([1e3 * s for steps in values for s in steps]).median for name, values in seconds.items()}
+        ms = {name: Spread.of([1e3 * s for steps in values for s in steps]).p10 for name, values in seconds.items()}
         kept = {side.name: count(side, tokens, prompt_tokens).step for side in sparse if ":" in side.name}
-    shapes = [_cost(shape, names, ms, kept) for shape, names in _shapes(model).items()]
+    shapes = _scaled([_cost(shape, names, ms, kept) for shape, names in _shapes(model).items()], ms[_EVERY] - ms[_NONE])
     found = environment(model.device)
     return CostTable(
         machine=_machine(model),
@@ -176,7 +178,7 @@ def measure_costs(
         steps=tokens.shape[1] - prompt_tokens - WARM_UP_STEPS,
         rounds=rounds,
         dense_ms={side.name: ms[side.name] for side in dense},
-        rest_ms=max(ms[_EVERY] - sum(cost.points[-1][1] for cost in shapes), 0.0),
+        rest_ms=ms[_NONE],
         shapes=[asdict(cost) for cost in shapes],
         waited_for_cpu=wait.share,
     )
@@ -221,7 +223,7 @@ def _rest_bytes(model: PreTrainedModel) -> int:
 def _settings(model: PreTrainedModel, fitted: Mapping[float, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Returns thresholds by side: every channel kept, and each shape at each density with all else kept."""
     every = dict.fromkeys(sparse_layers(model), -1.0)
-    settings = {_EVERY: every}
+    settings = {_EVERY: every, _NONE: dict.fromkeys(every, float("inf"))}
     for shape, names in _shapes(model).items():
         settings[f"{shape} none"] = every | dict.fromkeys(names, float("inf"))
         for sparsity, thresholds in fitted.items():
@@ -246,3 +248,15 @@ def _cost(
     rising = np.maximum.accumulate([max(value, 0.0) for _, value in points])
     pairs = [[density, float(value)] for (density, _), value in zip(points, rising, strict=True)]
     return ShapeCost(*shape, len(names), pairs)
+
+
+def _scaled(costs: list[ShapeCost], total: float) -> list[ShapeCost]:
+    """Returns the costs so that all shapes with every channel kept take `total` ms: one by one they do not quite."""
+    found = sum(cost.points[-1][1] for cost in costs)
+    if total <= 0.0 or found <= 0.0:
+        raise SparsifyError(
+            "the linears' weights make no difference to the time of a token that could be measured here: the machine "
+            "is busy or the model too small; measure again when it is quiet"
+        )
+    factor = total / found
+    return [replace(cost, points=[[density, ms * factor] for density, ms in cost.points]) for cost in costs]

@@ -179,7 +179,7 @@ def marks(frontier: Frontier, point: Point) -> list[str]:
     """Returns what a point is marked as."""
     found = ["knee"] if point.sparsity == frontier.knee else []
     if point.sparsity == frontier.sparsest_within:
-        found.append(f"sparsest within {frontier.max_increase:.4g}")
+        found.append(f"sparsest within {100 * (frontier.max_increase or 0.0):g}%")
     return found
 
 

@@ -11,6 +11,7 @@ def save_plot(frontier: Frontier, path: Path) -> None:
     """Draws the frontier, dense included."""
     # Not pyplot: it keeps state and looks for a display.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -27,6 +28,9 @@ def save_plot(frontier: Frontier, path: Path) -> None:
         limit = frontier.points[0].perplexity * (1.0 + frontier.max_increase)
         axes.axhline(limit, linestyle="--", linewidth=1, color=_COLOURS["limit"])
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("MB of weights that a token touches, realised")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{frontier.model}, {frontier.method}, {frontier.text}", fontsize=10, loc="left")

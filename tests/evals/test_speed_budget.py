@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 import sparsify
 from sparsify import Calibration, SparsifyError, Teal
+from sparsify.evals import cost_table
 from sparsify.evals.cost_table import CostTable, ShapeCost, measure_costs, read_cost_table, touched_shares
+from sparsify.evals.decoding import Decoded, Side
 from sparsify.evals.speed_budget import check_speedup, measured_budget, sparsity_for
 
 
@@ -50,10 +53,43 @@ def test_bad_speedups(value: float) -> None:
         check_speedup(value)
 
 
+def decode_by_formula(side: Side, tokens: torch.Tensor, prompt_tokens: int, **_: Any) -> Decoded:
+    """A step takes 1 ms and 0.1 ms for each linear with all of its channels; half that at any other threshold."""
+    kept = {-1.0: 1.0, float("inf"): 0.0}
+    thresholds = dict.fromkeys(range(14), -1.0) if side.thresholds is None else side.thresholds
+    ms = 1.0 + 0.1 * sum(kept.get(threshold, 0.5) for threshold in thresholds.values())
+    if side.path == "transformers":
+        ms *= 4
+    return Decoded([ms / 1e3] * (tokens.shape[1] - prompt_tokens), tokens.float(), 0)
+
+
+def test_costs_are_what_the_linears_take(
+    tiny_llama: PreTrainedModel, tiny_calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_table, "decode", decode_by_formula)
+    found = measure_costs(tiny_llama, copy.deepcopy(tiny_llama), tiny_calibration, rounds=2)
+    assert found.rest_ms == pytest.approx(1.0)
+    assert found.dense_ms["dense"] == pytest.approx(2.4)
+    for cost in found.costs.values():
+        assert cost.points[-1] == [1.0, pytest.approx(0.1 * cost.count)]
+        assert [ms for _, ms in cost.points[1:-1]] == pytest.approx([0.05 * cost.count] * 4)
+    assert found.predicted_ms(0.0) == pytest.approx(2.4)
+
+
+def test_weights_that_make_no_difference_are_refused(
+    tiny_llama: PreTrainedModel, tiny_calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_table, "decode", lambda side, tokens, prompt: Decoded([1e-3] * 40, tokens.float(), 0))
+    with pytest.raises(SparsifyError, match=r"make no difference .* measure again when it is quiet"):
+        measure_costs(tiny_llama, None, tiny_calibration, rounds=1)
+
+
 def test_costs_are_measured_read_again_and_refused_elsewhere(
-    tiny_llama: PreTrainedModel, tiny_calibration: Calibration, tmp_path: Path
+    tiny_llama: PreTrainedModel, tiny_calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = copy.deepcopy(tiny_llama)
+    # The real decoding; its times of a model this small may make no difference.
+    monkeypatch.setattr(cost_table, "_scaled", lambda costs, total: costs)
     found = measure_costs(copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama), tiny_calibration, rounds=1)
     assert set(found.dense_ms) == {"dense", "dense-rows", "transformers"}
     assert {(c.outputs, c.inputs): c.count for c in found.costs.values()} == {
