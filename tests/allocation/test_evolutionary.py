@@ -3,6 +3,10 @@
 import copy
 import json
 import logging
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +120,31 @@ def test_stopped_anywhere_it_ends_in_the_same_result(
     assert found.to_dict() == whole.to_dict()
     assert (tmp_path / "broken.json").read_text() == (tmp_path / "whole.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "whole.json"]
+
+
+_PROGRAM = """
+import sys, torch, sparsify
+from sparsify.allocation.evolutionary import Evolutionary
+tokens = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0))
+search = Evolutionary(population=6, generations=30, group=7, windows=2, state=sys.argv[2])
+calibration = sparsify.Calibration(tokens, "random tokens")
+sparsify.convert(sparsify.load_dense(sys.argv[1]), sparsify.Teal(0.5), calibration, allocation=search)
+"""
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_it_goes_on_to_the_same_result(tiny_dense: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    command = [sys.executable, "-c", _PROGRAM, str(tiny_dense)]
+    subprocess.run([*command, str(whole)], check=True)
+    with subprocess.Popen([*command, str(killed)]) as process:
+        while not killed.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < len(held(killed)["history"]) < len(held(whole)["history"])
+    subprocess.run([*command, str(killed)], check=True)
+    assert killed.read_text() == whole.read_text()
 
 
 def test_a_finished_search_is_not_repeated(
