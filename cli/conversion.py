@@ -2,10 +2,11 @@
 
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify.cli.budgets import DEFAULT_SPARSITY, meet_budget, settle_budget
 from sparsify.cli.ledger_view import ledger_totals
 from sparsify.cli.loading import pick_device
 from sparsify.cli.measurement import measure
@@ -17,6 +18,7 @@ from sparsify.errors import SparsifyError, UnavailableError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsify.allocation import Allocation
     from sparsify.calibration import Calibration
     from sparsify.config import SparsifyConfig
     from sparsify.methods import AnyMethod
@@ -28,23 +30,26 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
 
     With dry_run, nothing is calibrated or written, and `out` may be left out.
     """
-    from sparsify import checkpoint, conversion, models
-    from sparsify.allocation import allocation_of
+    from sparsify import checkpoint, models
     from sparsify.ledger import ledger_of
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
+    settings = settle_budget(settings)
     method = _configure(settings)
-    allocation = allocation_of(settings.allocation, method)
+    allocation = _allocate(settings, method)
     out = _check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
     spec = _check_model(settings.model)
-    tokenizer, calibration, windows = _read_texts(spec, settings, progress)
-    model = _load_dense(spec, settings, device, progress)
+    tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
     if dry_run or out is None:
+        model = _load_dense(spec, settings, device, progress)
         check_budgets(model, method, uniform=allocation.name == "uniform")
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
-    conversion.convert(model, method, calibration, allocation=allocation, rotate=settings.rotate, progress=progress)
+    model, met = meet_budget(
+        settings, lambda: _load_dense(spec, settings, device, progress), method, allocation, calibration, held_out,
+        progress,
+    )  # fmt: skip
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill or config.prefill
     set_prefill(model, config.prefill)
@@ -52,9 +57,13 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     progress.note(f"writing {out}")
     card = _card_rows(measured) if measured is not None else None
     source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
-    checkpoint.save(model, out, tokenizer, source=source, settings=asdict(settings), measured=card)
+    checkpoint.save(model, out, tokenizer, source=source, settings=asdict(settings), measured=card, budget=met.said)
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
-    return report | _describe(config) | {"ledger": ledger_totals(ledger_of(model)), "measured": measured}
+    return (
+        report
+        | _describe(config)
+        | {"ledger": ledger_totals(ledger_of(model)), "measured": measured, "budget": met.found}
+    )
 
 
 def _configure(settings: ConvertSettings) -> "AnyMethod":
@@ -70,7 +79,23 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if settings.compensate:
         given["compensate"] = True
-    return about.configure(sparsity=settings.sparsity, **given)
+    # Where the budget is another one, the sparsity is looked for.
+    return about.configure(sparsity=DEFAULT_SPARSITY if settings.sparsity is None else settings.sparsity, **given)
+
+
+def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
+    """Returns the allocation, with the state file and the seed where it is one that takes them."""
+    from sparsify.allocation import allocation_of
+    from sparsify.allocation.evolutionary import Evolutionary
+
+    allocation = allocation_of(settings.allocation, method)
+    if isinstance(allocation, Evolutionary):
+        return replace(allocation, seed=settings.seed, state=settings.allocation_state)
+    if settings.allocation_state is not None:
+        raise SparsifyError(
+            f"--allocation-state is for allocation evolutionary, and {allocation.name} keeps no state: leave it out"
+        )
+    return allocation
 
 
 def _check_out(out: str | None, *, needed: bool) -> Path | None:
@@ -104,23 +129,33 @@ def _check_model(model: str | None) -> str:
 
 def _read_texts(
     spec: str, settings: ConvertSettings, progress: Progress
-) -> "tuple[PreTrainedTokenizerBase, Calibration, Windows | None]":
-    """Reads both texts before the model, which takes longer and whose load a short text would waste."""
+) -> "tuple[PreTrainedTokenizerBase, Calibration, Windows | None, Windows | None]":
+    """Reads all texts before the model, which takes longer and whose load a short text would waste.
+
+    Returns the tokenizer, calibration windows, held-out windows for a budget that needs them, windows for the card.
+    """
     from sparsify.calibration import Calibration
+    from sparsify.evals.quality_budget import held_out_texts
     from sparsify.models import load_tokenizer
     from sparsify.text import default_evaluation_text, read_text, windows
 
     for name, least in (("sequences", 1), ("eval_windows", 0)):
         if getattr(settings, name) < least:
             raise SparsifyError(f"{name} is {getattr(settings, name)}: it must be at least {least}")
-    text = read_text(settings.calibration)
-    tokenizer = load_tokenizer(spec, trust_remote_code=settings.trust_remote_code)
-    calibration = Calibration.from_text(text, tokenizer, sequences=settings.sequences, seq_len=settings.seq_len)
+    held_out = None
+    shape = {"sequences": settings.sequences, "seq_len": settings.seq_len}
+    if settings.max_ppl_increase is None or settings.held_out is None:
+        text = read_text(settings.calibration)
+        tokenizer = load_tokenizer(spec, trust_remote_code=settings.trust_remote_code)
+        calibration = Calibration.from_text(text, tokenizer, **shape)
+    else:
+        tokenizer = load_tokenizer(spec, trust_remote_code=settings.trust_remote_code)
+        calibration, held_out = held_out_texts(settings.calibration, tokenizer, held_out=settings.held_out, **shape)
     if settings.eval_windows == 0:
-        return tokenizer, calibration, None
+        return tokenizer, calibration, held_out, None
     evaluation, why = default_evaluation_text(spec)
     progress.note(why)
-    return tokenizer, calibration, windows(
+    return tokenizer, calibration, held_out, windows(
         evaluation, tokenizer, seq_len=settings.seq_len, limit=settings.eval_windows
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from sparsify.cli.budgets import BUDGETS, DEFAULT_HELD_OUT, DEFAULT_SPARSITY, print_budget
 from sparsify.cli.conversion import run_conversion
 from sparsify.cli.ledger_view import print_left_dense, totals_table
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, percent, seconds
@@ -33,15 +34,51 @@ def convert(
         float | None,
         typer.Option(
             help="Share of the linears' bytes that a token must not touch, in [0, 1).",
-            show_default=str(_DEFAULTS.sparsity),
+            show_default=str(DEFAULT_SPARSITY),
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --sparsity: the sparsest model whose perplexity on held-out calibration text rises by at "
+            "most this, such as 1% or 0.01.",
+            metavar="SHARE",
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --sparsity: the sparsity that should decode this many times as fast as the best dense "
+            "way, by costs measured on this machine."
+        ),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of held-out text for --max-ppl-increase.",
+            show_default=str(DEFAULT_HELD_OUT),
+        ),
+    ] = None,
+    cost_table: Annotated[
+        str | None,
+        typer.Option(
+            help="For --speedup: costs measured before; where the file is not there they are measured and written.",
+            metavar="FILE",
         ),
     ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How the budget is spent over the linears: uniform, greedy (TEAL's), larosa (a fixed split) or "
-            "sensitivity (by gradients).",
+            help="How the budget is spent over the linears: uniform, greedy (TEAL's), larosa (a fixed split), "
+            "sensitivity (by gradients) or evolutionary (R-Sparse's search).",
             show_default="sensitivity for auto, larosa for larosa, else uniform",
+        ),
+    ] = None,
+    allocation_state: Annotated[
+        str | None,
+        typer.Option(
+            help="evolutionary: a file that it is written to after each generation; with the same file it goes on.",
+            metavar="FILE",
         ),
     ] = None,
     rho: Annotated[
@@ -132,18 +169,25 @@ def convert(
     the conversion.
 
     [dim]$[/] sparsify convert reference --sparsity 0.5 --out reference-50
+    [dim]$[/] sparsify convert reference --max-ppl-increase 1% --out reference-1pc
     [dim]$[/] sparsify convert llama-3-8b --method rsparse --rho 0.95 --calibration wikitext2 --out l3-50
     """
     given = {
-        "model": model, "out": out, "method": method, "sparsity": sparsity, "allocation": allocation,
-        "rho": parse_rho(rho), "score": score, "recipe": recipe, "compensate": compensate, "rotation": rotation,
-        "rotate": rotate, "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill,
+        "model": model, "out": out, "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase,
+        "speedup": speedup, "held_out": held_out, "cost_table": cost_table, "allocation": allocation,
+        "allocation_state": allocation_state, "rho": parse_rho(rho), "score": score, "recipe": recipe,
+        "compensate": compensate, "rotation": rotation, "rotate": rotate,
+        "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill,
         "dtype": dtype, "device": device, "seed": seed, "eval_windows": eval_windows,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     output = Output(format, save)
     base = ConvertSettings.from_yaml(config) if config is not None else _DEFAULTS
-    settings = base.updated({name: value for name, value in given.items() if value is not None}, source="flags")
+    flags = {name: value for name, value in given.items() if value is not None}
+    if any(name in flags for name in BUDGETS):
+        # A budget among the flags takes the place of the file's, whichever that is.
+        base = base.updated(dict.fromkeys(BUDGETS), source="flags")
+    settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
         result = run_conversion(settings, progress, dry_run=dry_run)
     output.emit(result, lambda console: _render(console, result))
@@ -167,6 +211,7 @@ def _render(console: Console, result: dict[str, Any]) -> None:
         f"{percent(result['mean_error'])}, worst {percent(worst['error'])} ({worst['linear']}).",
         markup=False,
     )
+    print_budget(console, result["budget"])
     measured = result["measured"]
     if measured is not None:
         dense, sparse = measured["dense"], measured["sparse"]

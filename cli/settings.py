@@ -22,8 +22,13 @@ class ConvertSettings:
     model: str | None = None
     out: str | None = None
     method: str = "auto"
-    sparsity: float = 0.5
+    sparsity: float | None = None
+    max_ppl_increase: int | float | str | None = None
+    speedup: float | None = None
+    held_out: int | None = None
+    cost_table: str | None = None
     allocation: str | None = None
+    allocation_state: str | None = None
     rho: int | float | str | None = None
     score: str | None = None
     recipe: str | None = None

@@ -8,7 +8,12 @@ from sparsify.ledger import Ledger
 
 
 def render_card(
-    config: SparsifyConfig, ledger: Ledger, *, source: str, measured: Mapping[str, Mapping[str, Any]] | None
+    config: SparsifyConfig,
+    ledger: Ledger,
+    *,
+    source: str,
+    measured: Mapping[str, Mapping[str, Any]] | None,
+    budget: str | None = None,
 ) -> str:
     """Returns README.md: front matter, the byte ledger's totals, and a table {row: {column: value}} of measurements."""
     lines = [
@@ -32,6 +37,7 @@ def render_card(
         "| | |",
         "|---|---|",
         f"| method | {config.method} ({_options(config)}) |",
+        *([f"| budget | {budget} |"] if budget else []),
         f"| nominal sparsity | {config.sparsity:.1%} |",
         f"| weighted sparsity (weight bytes of converted linears) | {ledger.weighted_sparsity:.2%} |",
         f"| whole-model sparsity (all weight bytes of a token) | {ledger.model_sparsity:.2%} |",

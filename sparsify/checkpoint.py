@@ -38,11 +38,13 @@ def save(
     source: str | None = None,
     settings: Mapping[str, Any] | None = None,
     measured: Mapping[str, Mapping[str, Any]] | None = None,
+    budget: str | None = None,
 ) -> Path:
     """Writes the converted model to the new folder `out` and returns it.
 
     Everything is written and synced in a hidden folder beside `out`, which appears by one rename: a kill leaves no
-    half checkpoint. source names the dense model in the card; settings go to sparsify.yaml; measured to the card.
+    half checkpoint. source names the dense model in the card; settings go to sparsify.yaml; measured to the card, and
+    so does budget, which says how the sparsity was found.
     Raises SparsifyError for a dense model or an `out` that exists, UnavailableError where the disk is full.
     """
     out = Path(out)
@@ -55,7 +57,7 @@ def save(
     except OSError as problem:
         raise UnavailableError(f"{out.parent} cannot be written: {problem.strerror}") from None
     try:
-        _write(model, staging, tokenizer, source or _source(model), settings or {}, measured)
+        _write(model, staging, tokenizer, source or _source(model), settings or {}, measured, budget)
         os.rename(staging, out)
         _sync(out.parent)
     except (OSError, SafetensorError) as problem:
@@ -181,6 +183,7 @@ def _write(
     source: str,
     settings: Mapping[str, Any],
     measured: Mapping[str, Mapping[str, Any]] | None,
+    budget: str | None,
 ) -> None:
     config = model.config.quantization_config
     assert isinstance(config, SparsifyConfig)
@@ -191,7 +194,7 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     ledger = ledger_of(model)
-    card = render_card(config, ledger, source=source, measured=measured)
+    card = render_card(config, ledger, source=source, measured=measured, budget=budget)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / LEDGER).write_text(json.dumps(ledger.to_dict(), indent=1) + "\n", encoding="utf-8")
     (folder / SETTINGS).write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")

@@ -36,9 +36,9 @@ def from_mapping(cls: type[T], data: object, *, where: str, error: type[Sparsify
 
 
 def _checked(name: str, value: Any, hint: Any, where: str, error: type[SparsifyError]) -> Any:
-    if hint is float and type(value) is int and abs(value) < 2**53:
+    if hint in (float, float | None) and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if hint in (int, float) and isinstance(value, bool):
+    if hint in (int, float, float | None) and isinstance(value, bool):
         raise error(f"{where}: {name} is {value!r}, a number is expected")
     try:
         type_validator(name, value, hint)

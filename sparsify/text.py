@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsify.corpus import Split, standard_library_text
 from sparsify.errors import SparsifyError, UnavailableError, suggest
+from sparsify.hold_out import HELD_OUT, REST, split_documents
 from sparsify.hub import hub_problem
 
 WIKITEXT2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -93,8 +94,13 @@ def read_text(spec: str) -> Text:
     """Returns the text that a spec names; see the message of the error for the specs there are.
 
     Raises SparsifyError for an unknown spec, a missing, empty or non-UTF-8 file, or a .jsonl without text, and
-    UnavailableError where the hub or the `datasets` package is missing.
+    UnavailableError where the hub or the `datasets` package is missing. `SPEC#held-out` is the last quarter of a text,
+    `SPEC#rest` what is before it.
     """
+    for index, part in enumerate((REST, HELD_OUT)):
+        if spec.endswith(part):
+            whole = read_text(spec.removesuffix(part))
+            return _not_empty(Text(whole.name + part, split_documents(whole.documents)[index]))
     if spec in _STDLIB:
         try:
             return Text(spec, standard_library_text(_STDLIB[spec]))

@@ -228,3 +228,20 @@ def kl_divergence(model: PreTrainedModel, tokens: Tensor, dense: Tensor) -> Tens
     """Returns Σ KL(dense ‖ model) in nats over tokens [B, S]; dense [B, S, V] holds log-probabilities."""
     now = F.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), dim=-1)
     return (dense.exp() * (dense - now)).sum()
+
+
+def least_output_error(linear: TargetLinear, options: tuple[Candidate, ...], x: Tensor) -> Candidate:
+    """Returns the option with the least mean of ‖ŷ − y‖²/‖y‖² over inputs x [T, I], each at its threshold there."""
+    if len(options) == 1:
+        return options[0]
+    outputs = (x.float() @ linear.weight.float().t()).square().sum(-1).clamp_min(1e-30)
+
+    def error(option: Candidate) -> float:
+        placed = Placed(option, None, None, linear.scale(option))
+        score = placed.scores(x)
+        placed.calibrate(score)
+        dropped = torch.where(score > placed.threshold, 0.0, x.float())
+        missing = dropped @ linear.residual(option.rank).t()
+        return float((missing.square().sum(-1) / outputs).sum(dtype=torch.float64))
+
+    return min(options, key=error)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
-from sparsify.budget import Candidate, check_share
+from sparsify.budget import check_share
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
 from sparsify.targets import decoder_blocks
-from sparsify.trial import TargetLinear, Trial, evaluating
+from sparsify.trial import TargetLinear, Trial, evaluating, least_output_error
 
 SUMMARY = "block by block, bytes leave the linear whose loss changes the block's output least"
 PAPER = "TEAL's Algorithm 1, Liu et al. 2024, arXiv 2408.14690"
@@ -88,7 +88,10 @@ class _Block:
                 problem.model.base_model(input_ids=window[None], use_cache=False)
         self.inputs = {name: torch.cat(parts) for name, parts in inputs.items()}
         uniform = 1.0 - problem.method.sparsity
-        self.kinds = {name: self._kind(name, problem.offers(name, uniform)) for name in linears}
+        self.kinds = {
+            name: least_output_error(linear, problem.offers(name, uniform), self.inputs[name])
+            for name, linear in linears.items()
+        }
 
     def allocate(self, target: float, step: float, most: float) -> dict[str, float]:
         """Returns each linear's sparsity; Σ sparsity · bytes = target · Σ bytes."""
@@ -125,24 +128,6 @@ class _Block:
             yield
         finally:
             handle.remove()
-
-    def _kind(self, name: str, options: tuple[Candidate, ...]) -> Candidate:
-        """Returns the option with the least output error of the linear alone, as the conversion would choose."""
-        if len(options) == 1:
-            return options[0]
-        linear, x = self.trial.linears[name], self.inputs[name]
-        outputs = (x.float() @ linear.weight.float().t()).square().sum(-1).clamp_min(1e-30)
-
-        def error(option: Candidate) -> float:
-            self.trial.place({name: option})
-            placed = self.trial.placed[name]
-            score = placed.scores(x)
-            placed.calibrate(score)
-            dropped = torch.where(score > placed.threshold, 0.0, x.float())
-            missing = dropped @ linear.residual(option.rank).t()
-            return float((missing.square().sum(-1) / outputs).sum(dtype=torch.float64))
-
-        return min(options, key=error)
 
     def _place(self, name: str, sparsity: float) -> None:
         candidate = nearest(self.problem.offers(name, 1.0 - sparsity), self.kinds[name])

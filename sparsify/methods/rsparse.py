@@ -3,7 +3,8 @@
 y = W (m⊙x) + L ((1−m)⊙x), L = U_r S_r V_rᵀ the truncated SVD of W, m_j = 1[|x_j|·c_j > t], c the row norms of
 V·diag(S), which are the column norms of W. A linear's budget is divided by rho: that share for channels, the rest for
 the rank. The paper takes rho = 0.95 everywhere or searches it; here the default is the rho of a small grid with the
-least output error on calibration text, linear by linear, at equal bytes. Not covered: the evolutionary search.
+least output error on calibration text, linear by linear, at equal bytes. The
+paper's evolutionary search is sparsify/allocation/evolutionary.py.
 """
 
 import json

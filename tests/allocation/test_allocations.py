@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 import sparsify
 from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina
 from sparsify.allocation import Allocation, available, get_allocation
+from sparsify.allocation.evolutionary import Evolutionary
 from sparsify.allocation.greedy import Greedy
 from sparsify.allocation.larosa import LarosaSplit
 from sparsify.allocation.sensitivity import Sensitivity
@@ -19,7 +20,9 @@ from sparsify.budget import LinearShape, fill_budget
 from sparsify.methods import Method
 from sparsify.runtime import sparse_layers
 
-ALLOCATIONS = [Uniform(), Greedy(step=0.1, windows=1), Sensitivity(steps=3, batch=2), LarosaSplit()]
+ALLOCATIONS = [
+    Uniform(), Greedy(step=0.1, windows=1), Sensitivity(steps=3, batch=2), LarosaSplit(), Evolutionary(4, 1, windows=1)
+]  # fmt: skip
 METHODS = [Teal(sparsity=0.5), Wina(sparsity=0.6), RSparse(sparsity=0.4, score="auto")]
 
 
