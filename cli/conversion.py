@@ -36,7 +36,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     started = time.monotonic()
     method = _configure(settings)
     allocation = allocation_of(settings.allocation, method)
-    out = _check_out(settings.out, needed=not dry_run)
+    out = check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
     spec = _check_model(settings.model)
     tokenizer, calibration, windows = _read_texts(spec, settings, progress)
@@ -66,7 +66,7 @@ def _configure(settings: ConvertSettings) -> "Method":
     return get_method(settings.method).configure(sparsity=settings.sparsity, **given)
 
 
-def _check_out(out: str | None, *, needed: bool) -> Path | None:
+def check_out(out: str | None, *, needed: bool) -> Path | None:
     """Checks, before hours of work, that the folder can be made at their end."""
     from sparsify.checkpoint import check_output
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sparsify.cli.conversion import check_out
 from sparsify.cli.loading import DeviceOption, DtypeOption, TrustOption, made_from, pick_device
 from sparsify.cli.measure_view import print_ppl_p
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption
@@ -101,11 +102,15 @@ def measure(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         progress.note(f"loading {model}")
         loaded = _load(model, dtype, device, trust_remote_code)
-        length = seq_len or _longest(loaded)
+        length = _longest(loaded) if seq_len is None else seq_len
         windows = _windows(source, tokenizer, length, limit, padded)
         cett_windows = windows if fitted is None else _windows(fitted, tokenizer, length, limit, padded)
         result, measured = _measure(loaded, windows, cett_windows, tolerances, rules, scope, batch_size, progress)
-        result = {"model": model, "text": why} | result
+        settings = {
+            "ppl_p": tolerances, "rule": rules, "scope": scope, "text": text, "cett_text": cett_text,
+            "seq_len": length, "limit": limit, "padded": padded, "batch_size": batch_size, "dtype": dtype,
+        }  # fmt: skip
+        result = {"model": model, "text": why, "settings": settings} | result
         if out is not None:
             progress.note(f"writing {out}")
             _write(loaded, tokenizer, measured, measured.points[0], cett_windows, model, out)
@@ -135,8 +140,6 @@ def _parse_rules(text: str) -> list[str]:
 
 
 def _check_out(out: Path | None, tolerances: list[float], rules: list[str]) -> None:
-    from sparsify.checkpoint import check_output
-
     if out is None:
         return
     if len(tolerances) != 1 or rules != ["cett"]:
@@ -144,7 +147,7 @@ def _check_out(out: Path | None, tolerances: list[float], rules: list[str]) -> N
             f"--out {out} writes one model: give one --ppl-p and --rule cett, not {len(tolerances)} and "
             f"{', '.join(rules)}"
         )
-    check_output(out)
+    check_out(str(out), needed=True)
 
 
 def _load(model: str, dtype: str, device: str, trust_remote_code: bool) -> "PreTrainedModel":

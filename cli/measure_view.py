@@ -42,6 +42,8 @@ def print_ppl_p(console: Console, result: dict[str, Any]) -> None:
         f"{result['cett_passes']} passes for CETT, {result['perplexities']} perplexities.",
         markup=False,
     )
+    for statement in result["left_out"]:
+        console.print(f"Not measured: {statement}.", markup=False)
     if "out" in result:
         console.print(f"[bold]Wrote {escape(result['out'])}[/] in {seconds(result['seconds'])}.")
 

@@ -30,6 +30,8 @@ from sparsify.evals.perplexity import Perplexity, perplexity
 from sparsify.evals.ppl_p_result import LayerPoint, NaturalLayer, Point, PplP
 from sparsify.evals.rise_search import RiseSearch
 from sparsify.known_thresholds import Known, apply_thresholds
+from sparsify.models import check_context
+from sparsify.targets import find_targets
 from sparsify.text import Windows
 
 Progress = Callable[[str, int, int], None]
@@ -57,10 +59,13 @@ def measure_ppl_p(
             raise SparsifyError(f"p is {value!r}: the rise in perplexity must be a number above 0, such as 0.01 for 1%")
     for name in rules:
         check_rule(name)
+    cett_windows = cett_windows or windows
+    check_context(model, cett_windows.seq_len)
+    left_out = find_targets(model, windows.tokens[:1, :8]).left_dense
     layers = layers_of(model, scope, windows.tokens[:1, :8])
-    curves = CettCurves(model, layers, cett_windows or windows, progress)
-    chosen = [make_rule(name, curves) for name in rules]
     runs = _Runs(model, layers, windows, batch_size, progress)
+    curves = CettCurves(model, layers, cett_windows, progress)
+    chosen = [make_rule(name, curves) for name in rules]
     found: list[tuple[Rule, float | None, float]] = []
     for rule in chosen:
         if rule.most == 0.0:
@@ -71,7 +76,7 @@ def measure_ppl_p(
     tails = _tails(curves, layers, found)
     points = tuple(_point(runs, rule, value, setting, layers, tails) for rule, value, setting in found)
     natural = tuple(_natural(curves.natural[layer.name]) for layer in layers)
-    return PplP(scope, runs.dense, points, natural, curves.passes, runs.count)
+    return PplP(scope, runs.dense, points, natural, left_out, curves.passes, runs.count)
 
 
 def apply_point(model: PreTrainedModel, point: Point, *, scope: str, calibration: Calibration) -> PreTrainedModel:

@@ -58,12 +58,16 @@ class NaturalLayer:
 
 @dataclass(frozen=True)
 class PplP:
-    """A measured model. dense: its own perplexity; cett_passes and perplexities: how often the texts were run."""
+    """A measured model. dense: its own perplexity; left_out: what of its blocks has neurons that are not measured.
+
+    cett_passes and perplexities: how often the texts were run.
+    """
 
     scope: str
     dense: Perplexity
     points: tuple[Point, ...]
     natural: tuple[NaturalLayer, ...]
+    left_out: tuple[str, ...]
     cett_passes: int
     perplexities: int
 
@@ -81,6 +85,7 @@ class PplP:
                 "neurons": sum(layer.neurons for layer in layers),
                 "layers": [asdict(layer) for layer in layers],
             },
+            "left_out": list(self.left_out),
             "cett_passes": self.cett_passes,
             "perplexities": self.perplexities,
         }

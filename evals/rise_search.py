@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 # The search ends where the rise is in [(1 − TOLERANCE)·p, p], or where the bracket is narrower than RESOLUTION of it.
 TOLERANCE = 0.01
-RESOLUTION = 1e-4
+RESOLUTION = 1e-3
 MOST_STEPS = 40
 
 
