@@ -72,7 +72,9 @@ def measure_ppl_p(
             found.append((rule, None, 0.0))
             continue
         search = RiseSearch(partial(runs.rise, rule), most=rule.most, step=rule.step)
-        found += [(rule, value, search.largest(value)) for value in sorted(set(p))]
+        for value in sorted(set(p)):
+            runs.stage = f"{rule.name}, {100 * value:g}%"
+            found.append((rule, value, search.largest(value)))
     tails = _tails(curves, layers, found)
     points = tuple(_point(runs, rule, value, setting, layers, tails) for rule, value, setting in found)
     natural = tuple(_natural(curves.natural[layer.name]) for layer in layers)
@@ -111,8 +113,10 @@ class _Runs:
         self._model, self._layers, self._windows = model, layers, windows
         self._batch_size, self._progress = batch_size, progress
         self._measured: dict[tuple[str, float], tuple[Perplexity, dict[str, float]]] = {}
+        # What the progress of a run is called.
+        self.stage = "dense"
         self.count = 1
-        self.dense = perplexity(model, windows, batch_size=batch_size, progress=self._stage("dense"))
+        self.dense = perplexity(model, windows, batch_size=batch_size, progress=self._report())
 
     def rise(self, rule: Rule, setting: float) -> float:
         difference = self.at(rule, setting)[0].nll_per_token - self.dense.nll_per_token
@@ -143,13 +147,12 @@ class _Runs:
                 self._model,
                 self._windows,
                 batch_size=self._batch_size,
-                progress=self._stage(f"perplexity, {rule.name}"),
+                progress=self._report(),
             )
         return found, {name: float(count) / seen[name] for name, count in kept.items()}
 
-    def _stage(self, name: str) -> Callable[[int, int], None] | None:
-        progress = self._progress
-        return None if progress is None else lambda done, total: progress(name, done, total)
+    def _report(self) -> Callable[[int, int], None] | None:
+        return None if self._progress is None else partial(self._progress, self.stage)
 
 
 def _tails(
