@@ -211,7 +211,7 @@ def _tail_sums(h: Tensor, weight: Tensor, norms: Tensor, thresholds: Sequence[fl
 
 def _tight(low: tuple[float, float], high: tuple[float, float]) -> bool:
     if low[0] == 0.0:
-        # Below a millionth of the next threshold lies nothing but zeros.
+        # Each pass looks a million times lower; where even that is above the CETT, only zeros can go.
         return high[0] < 1e-30
     return high[1] <= BRACKET * low[1] or high[0] <= _SAME * low[0]
 

@@ -59,14 +59,21 @@ class _Cett:
 
     def __init__(self, curves: CettCurves) -> None:
         self._curves = curves
+        # By setting, in fp32 as layers hold and compare them. Kept: what the curves learn later could move one.
+        self._cuts: dict[float, dict[str, Tensor]] = {}
 
     def keep(self, setting: float) -> Keep:
-        cuts = {name: torch.tensor(value) for name, value in self._curves.thresholds(setting).items()}
+        cuts = self._at(setting)
         return lambda layer, h, s: keep_mask(h, cuts[layer.name].to(h.device), layer.norms)
 
     def cut(self, layer: Layer, setting: float) -> float:
-        # In fp32, as layers hold and compare it.
-        return float(torch.tensor(self._curves.thresholds(setting)[layer.name]))
+        return float(self._at(setting)[layer.name])
+
+    def _at(self, setting: float) -> dict[str, Tensor]:
+        if setting not in self._cuts:
+            found = self._curves.thresholds(setting)
+            self._cuts[setting] = {name: torch.tensor(value) for name, value in found.items()}
+        return self._cuts[setting]
 
 
 class _TopK:

@@ -24,6 +24,7 @@ from sparsify.evals.realised import RealisedDensity
 from sparsify.linear import SparseLayer
 from sparsify.runtime import sparse_layers
 from sparsify.text import Windows
+from sparsify.text import windows as cut_windows
 
 _BASE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -308,11 +309,11 @@ def test_other_rules_and_models_are_refused() -> None:
         apply_point(model, point, scope="mlp", calibration=calibration)
 
 
-def test_the_trained_model_is_sparser_than_the_other_rules_find_it() -> None:
+def test_the_trained_model_is_sparser_than_one_threshold_for_all_layers_finds_it() -> None:
     trained = sparsify.load_dense("reference", dtype="float32")
     text = sparsify.read_text("stdlib:evaluation")
-    part = sparsify.Text(text.name, text.documents[:3])
-    windows = sparsify.text.windows(part, sparsify.load_tokenizer("reference"), seq_len=128, limit=4)
-    cett, top, fat = measure_ppl_p(trained, windows, p=[0.05], rules=["cett", "top-k", "fatrelu"]).points
-    assert cett.sparsity > max(top.sparsity, fat.sparsity)
-    assert 0.5 < cett.sparsity < 0.95
+    part = sparsify.Text(text.name, text.documents[:1])
+    windows = cut_windows(part, sparsify.load_tokenizer("reference"), seq_len=64, limit=3)
+    cett, fat = measure_ppl_p(trained, windows, p=[0.1], rules=["cett", "fatrelu"]).points
+    assert cett.sparsity > fat.sparsity
+    assert 0.5 < cett.sparsity < 0.99
