@@ -97,8 +97,8 @@ class Tail:
 class CettCurves:
     """The thresholds of a model's layers for any CETT, from passes over one text that every question shares.
 
-    passes counts them. Memory: K + 1 outputs [T, O] and a few [T, I] of at most 2^24 elements, one layer's weight in
-    fp32, and 512 kB of counts for each layer; never a text's activations.
+    passes counts them. Memory: a few tensors [T, I] of at most 2^24 elements, one layer's weight in fp32, and 512 kB
+    of counts for each layer; never a text's activations.
     """
 
     def __init__(

@@ -7,10 +7,10 @@ jump over that. Each layer's threshold meets the CETT within 1%, or is the last 
 Sparsity is 1 − the mean activation ratio, kept/all neurons, over layers and real tokens, counted in the sparse run.
 
 Several p share the curves and every perplexity. Cost: 3 passes over the CETT text and 1 or 2 for each new range of
-CETT, where a pass is a forward without the head and K + 1 products with W_down in every layer; and 5 to 15 perplexities
-for each p. Nothing is random. Unlike the authors' code: thresholds are not cut to a linear grid, no pad is in a mean,
-and exact zeros are dropped. scope linears is ours, and called PPL-p% channel sparsity. Not covered: experts stored as
-3-D tensors; thresholds from activations that are sparse already.
+CETT, where a pass is a forward without the head and K + 1 products with W_down in every layer; and around 10
+perplexities for each p. Nothing is random. Unlike the authors' code: thresholds are not cut to a linear grid, no pad
+is in a mean, and exact zeros are dropped. scope linears is ours, and called PPL-p% channel sparsity. Not covered:
+experts stored as 3-D tensors; thresholds from activations that are sparse already.
 """
 
 import math

@@ -314,6 +314,6 @@ def test_the_trained_model_is_sparser_than_one_threshold_for_all_layers_finds_it
     text = sparsify.read_text("stdlib:evaluation")
     part = sparsify.Text(text.name, text.documents[:1])
     windows = cut_windows(part, sparsify.load_tokenizer("reference"), seq_len=64, limit=3)
-    cett, fat = measure_ppl_p(trained, windows, p=[0.1], rules=["cett", "fatrelu"]).points
+    cett, fat = measure_ppl_p(trained, windows, p=[0.01], rules=["cett", "fatrelu"]).points
     assert cett.sparsity > fat.sparsity
-    assert 0.5 < cett.sparsity < 0.99
+    assert 0.4 < cett.sparsity < 0.9
