@@ -12,6 +12,7 @@ from sparsify.cli.output import common_prefix, make_table, percent, seconds
 def print_ppl_p(console: Console, result: dict[str, Any]) -> None:
     """Prints the points, the layers of the first few, and how it was measured."""
     dense, natural = result["dense"], result["natural"]
+    unit = "neurons" if result["scope"] == "mlp" else "channels"
     setting = {"cett": "CETT", "top-k": "dropped", "fatrelu": "ε", "zero": ""}
     table = make_table(
         escape(f"{result['model']}: {result['metric']}"),
@@ -38,7 +39,7 @@ def print_ppl_p(console: Console, result: dict[str, Any]) -> None:
         f"{dense['seq_len']}, every token sparse; CETT on {result['cett_text']['tokens']:,} tokens of "
         f"{result['cett_text']['text']}. In the dense model {percent(natural['zero_ratio'])} of inputs and "
         f"{percent(natural['dynamic_dead_rate'])} of activations are 0 (dynamic dead neuron rate); "
-        f"{natural['static_dead']:,} of {natural['neurons']:,} neurons are 0 on every token (static). "
+        f"{natural['static_dead']:,} of {natural['neurons']:,} {unit} are 0 on every token (static). "
         f"{result['cett_passes']} passes for CETT, {result['perplexities']} perplexities.",
         markup=False,
     )
