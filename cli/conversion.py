@@ -38,7 +38,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     settings = settle_budget(settings)
     method = _configure(settings)
     allocation = _allocate(settings, method)
-    out = _check_out(settings.out, needed=not dry_run)
+    out = check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
     spec = _check_model(settings.model)
     tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
@@ -98,7 +98,7 @@ def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     return allocation
 
 
-def _check_out(out: str | None, *, needed: bool) -> Path | None:
+def check_out(out: str | None, *, needed: bool) -> Path | None:
     """Checks, before hours of work, that the folder can be made at their end."""
     from sparsify.checkpoint import check_output
 

@@ -96,7 +96,7 @@ def convert(
     The linears of its blocks become sparse layers, and model.config.quantization_config a SparsifyConfig.
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
     """
-    _refuse_converted(model)
+    refuse_converted(model)
     _check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
     shapes = linear_shapes(model, targets)
@@ -132,7 +132,8 @@ def _rotates(model: PreTrainedModel, method: Method) -> bool:
     return rotation == "model"
 
 
-def _refuse_converted(model: PreTrainedModel) -> None:
+def refuse_converted(model: PreTrainedModel) -> None:
+    """Raises SparsifyError for a model that is converted or quantised already."""
     if sparse_layers(model):
         raise SparsifyError("this model is converted already: convert the dense model it was made from")
     if getattr(model, "is_quantized", False):
