@@ -1,9 +1,9 @@
-"""Ours: a bias for each sparse linear, learned so that the sparse model's logits are the dense model's again.
+"""What is dropped, given back as a bias c of each sparse linear: its mean, or one learned for the whole model (ours).
 
-c minimises KL(dense ‖ sparse) on calibration text by Adam; nothing else is learned, weights and thresholds stay. The
-mean of what is dropped (`compensate` of the methods) mends each linear by itself and hardly helps; the learned bias
-also undoes what errors add up to over the blocks. It is kept only where it lowers the KL on windows of the calibration
-text that it was not learned on. Gradients run straight through the cut (sparsify.trial).
+The mean is c = R·E[(1−m)⊙x], R = W − L, each linear by itself on dense inputs. The learned c minimises
+KL(dense ‖ sparse) on calibration text by Adam; nothing else is learned, weights and thresholds stay. It also undoes
+what errors add up to over the blocks, and is kept only where it lowers the KL on windows of the calibration text that
+it was not learned on. Gradients run straight through the cut (sparsify.trial).
 """
 
 import logging
@@ -13,9 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from sparsify.calibration import Calibration, Progress
-from sparsify.trial import Trial, dense_log_probabilities, evaluating, input_gradients, kl_divergence
+from sparsify.allocation import Choices
+from sparsify.budget import LinearShape, uncompensated
+from sparsify.calibration import Calibration, Progress, hooked, run_batches
+from sparsify.fitting import Fit, best, measure_errors
+from sparsify.trial import TargetLinear, Trial, dense_log_probabilities, evaluating, input_gradients, kl_divergence
 
 # Steps at most, and passes over the windows at most; windows in a step; share of windows that are held out.
 _STEPS, _EPOCHS, _BATCH, _HELD_OUT = 160, 24, 4, 1 / 8
@@ -25,6 +29,81 @@ _RATE, _WARM_UP = 0.05, 0.1
 _LOOKS = 8
 
 _log = logging.getLogger("sparsify.compensation")
+
+
+def compensate_means(
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    fits: Mapping[str, list[Fit]],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> None:
+    """Runs the calibration text once more and sets c = R·E[(1−m)⊙x] of the candidates that give it back as a bias.
+
+    The mean is over all tokens, on dense inputs, as thresholds are; R = W − L.
+    """
+    mended = {name: [fit for fit in options if fit.candidate.compensated] for name, options in fits.items()}
+    modules = {name: linears[name].module for name, options in mended.items() if options}
+    if not modules:
+        return
+
+    def see(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        for fit in mended[name]:
+            total = fit.dropped(x).sum(0, dtype=torch.float64)
+            fit.dropped_sum = total if fit.dropped_sum is None else fit.dropped_sum + total
+            fit.tokens += len(x)
+
+    with hooked(modules, see):
+        run_batches(model, calibration.tokens, "compensate", progress)
+    for name in modules:
+        for fit in mended[name]:
+            if fit.dropped_sum is not None:
+                mean = (fit.dropped_sum / fit.tokens).float()
+                fit.compensation = fit.missing(mean, linears[name].weight.detach().float())
+            fit.dropped_sum, fit.tokens = None, 0
+
+
+def with_uncompensated(choices: Choices, shapes: Mapping[str, LinearShape]) -> Choices:
+    """Returns the choices, and after each linear's the same without compensation: its bytes are channels."""
+    return {
+        name: (*options, *(uncompensated(option, shapes[name]) for option in options if option.compensated))
+        for name, options in choices.items()
+    }
+
+
+def learned_or_not(
+    model: PreTrainedModel,
+    linears: Mapping[str, TargetLinear],
+    fits: Mapping[str, list[Fit]],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[str, Fit]:
+    """Learns the compensation of the best fits that have one; returns them, or the best without where it is no help.
+
+    A linear whose fits are all of one kind, as a dense one, keeps its best.
+    """
+    mended = best(_preferred(fits, compensated=True))
+    trial = Trial(model, linears)
+    trial.place({name: fit.candidate for name, fit in mended.items()})
+    for name, fit in mended.items():
+        trial.placed[name].threshold = fit.threshold
+    learned = learn_compensation(trial, calibration, progress)
+    if not learned.compensation:
+        return best(_preferred(fits, compensated=False))
+    for name, compensation in learned.compensation.items():
+        fit = mended[name]
+        fit.compensation, fit.error, fit.tokens = compensation, 0.0, 0
+    again = {name: [fit] for name, fit in mended.items() if name in learned.compensation}
+    measure_errors(model, {name: linears[name] for name in again}, again, calibration, None)
+    return mended
+
+
+def _preferred(fits: Mapping[str, list[Fit]], *, compensated: bool) -> dict[str, list[Fit]]:
+    return {
+        name: [fit for fit in options if fit.candidate.compensated == compensated] or options
+        for name, options in fits.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -44,6 +123,8 @@ def learn_compensation(trial: Trial, calibration: Calibration, progress: Progres
     """
     tokens = calibration.tokens
     held_out = math.ceil(len(tokens) * _HELD_OUT)
+    if not any(placed.candidate.compensated for placed in trial.placed.values()):
+        return Learned({}, math.nan, math.nan)
     if len(tokens) < 2:
         _log.warning("compensation is not learned from one calibration window: none would be held out")
         return Learned({}, math.nan, math.nan)
@@ -62,6 +143,7 @@ class _Learner:
         self.units = {
             name: torch.zeros(linear.weight.shape[0], device=linear.weight.device, requires_grad=True)
             for name, linear in trial.linears.items()
+            if trial.placed[name].candidate.compensated
         }
         self.sizes = self._output_sizes()
         self.generator = torch.Generator().manual_seed(0)

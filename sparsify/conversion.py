@@ -1,80 +1,37 @@
 """The story of a conversion: targets → allocate → calibrate → fit → choose → swap.
 
 The allocation says which candidates each linear has: with `uniform`, the method's own at its sparsity. One pass over
-the calibration text streams score histograms, from which every candidate gets its threshold; where it was asked for,
-another one means what candidates drop; a pass over a part of it measures every candidate's output error, and each
-linear keeps its best.
+the calibration text streams score histograms, from which every candidate gets its threshold (`fitting`); where it was
+asked for, another one means what candidates drop; a pass over a part of it measures every candidate's output error, and
+each linear keeps its best. auto rotates the model first where it can, and learns its compensation last.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsify import __version__
-from sparsify.allocation import Allocation, Choices, Problem, allocation_of
-from sparsify.budget import Candidate, LinearShape, Score, uncompensated
-from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
-from sparsify.compensation import learn_compensation
+from sparsify.allocation import Allocation, Problem, allocation_of
+from sparsify.budget import LinearShape
+from sparsify.calibration import Calibration, Progress
+from sparsify.compensation import compensate_means, learned_or_not, with_uncompensated
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
-from sparsify.kernels.reference import keep_mask, scores
+from sparsify.fitting import Fit, best, fit_candidates, measure_errors
 from sparsify.linear import SparsitySwitch
 from sparsify.methods import AnyMethod, Method, NeuronMethod
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
 from sparsify.plugin import attach
-from sparsify.rotation import eigenbasis, rotation_problem, second_moments
 from sparsify.rotation import rotate as rotate_model
+from sparsify.rotation import rotation_problem
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight, find_targets, linear_shapes
-from sparsify.token_cut import TokenCut, counted_scores, cut_mask, fitted_number
-from sparsify.token_layer import link_rotations, make_layer, rotated_part
-from sparsify.trial import TargetLinear, Trial
-
-# Windows of the calibration text on which candidates are compared.
-_ERROR_WINDOWS = 8
-
-
-@dataclass
-class _Fit:
-    """A candidate of one linear with its tensors, and its error sum while the second pass runs."""
-
-    candidate: Candidate
-    threshold: float
-    scale: Tensor | None
-    lr_a: Tensor | None
-    lr_b: Tensor | None
-    rotation: Tensor | None
-    error: float = 0.0
-    tokens: int = 0
-    # Sum of what was dropped [I] while the pass for compensation runs, then c = R·E[dropped] [O].
-    dropped_sum: Tensor | None = None
-    compensation: Tensor | None = None
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Returns the part of x [..., I] that it does not use, in fp32."""
-        if self.rotation is not None:
-            return (x - rotated_part(x, self.rotation, torch.tensor(self.threshold, device=x.device))).float()
-        return torch.where(self.keep(x), 0.0, x).float()
-
-    def missing(self, dropped: Tensor, weight: Tensor) -> Tensor:
-        """Returns R·dropped [..., O], R = W − L: what the output lacks; in fp32, as weight [O, I] is."""
-        missing = F.linear(dropped, weight)
-        if self.lr_a is not None and self.lr_b is not None:
-            missing = missing - F.linear(F.linear(dropped, self.lr_a.float()), self.lr_b.float())
-        return missing
-
-    def keep(self, x: Tensor) -> Tensor:
-        """Returns the channels that it uses of x [..., I], bool."""
-        number = torch.tensor(self.threshold, device=x.device)
-        if self.candidate.cut is None:
-            return keep_mask(x, number, self.scale)
-        return cut_mask(self.candidate.cut, scores(x, self.scale), number)
+from sparsify.token_layer import link_rotations, make_layer
+from sparsify.trial import TargetLinear
 
 
 def convert(
@@ -111,15 +68,12 @@ def convert(
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
     learns = bool(getattr(method, "learns_compensation", False))
     if learns:
-        # Without it, its bytes are channels.
-        choices = {name: (*c, *(uncompensated(o, shapes[name]) for o in c)) for name, c in choices.items()}
-    fits = _fit(model, linears, choices, calibration, progress)
+        choices = with_uncompensated(choices, shapes)
+    fits = fit_candidates(model, linears, choices, calibration, progress)
     if not learns:
-        _compensate(model, linears, fits, calibration, progress)
-    _measure_errors(model, linears, fits, calibration, progress)
-    chosen = _best(fits)
-    if learns:
-        chosen = _learn(model, linears, fits, calibration, progress)
+        compensate_means(model, linears, fits, calibration, progress)
+    measure_errors(model, linears, fits, calibration, progress)
+    chosen = learned_or_not(model, linears, fits, calibration, progress) if learns else best(fits)
     _swap(model, linears, chosen)
     _describe(model, method, chooser, calibration, targets, linears, chosen, rotate)
     return model
@@ -163,206 +117,7 @@ def _prepare(model: PreTrainedModel, targets: Targets, shapes: Mapping[str, Line
     }
 
 
-def _fit(
-    model: PreTrainedModel,
-    linears: Mapping[str, TargetLinear],
-    choices: Choices,
-    calibration: Calibration,
-    progress: Progress | None,
-) -> dict[str, list[_Fit]]:
-    histograms = _collect(model, linears, choices, calibration, progress)
-    rotations = _rotations(model, linears, choices, calibration, progress)
-    fits: dict[str, list[_Fit]] = {}
-    for index, (name, linear) in enumerate(linears.items()):
-        _decompose(linear, choices[name])
-        fits[name] = [_fit_candidate(name, linear, c, histograms, rotations.get(linear.site)) for c in choices[name]]
-        if progress is not None:
-            progress("fit", index + 1, len(linears))
-    return fits
-
-
-def _rotations(
-    model: PreTrainedModel,
-    linears: Mapping[str, TargetLinear],
-    choices: Choices,
-    calibration: Calibration,
-    progress: Progress | None,
-) -> dict[int, Tensor]:
-    """Returns Q [I, I] of every site whose candidates are rotated, in the weights' dtype."""
-    first: dict[int, TargetLinear] = {}
-    for name, linear in linears.items():
-        if any(candidate.rotated for candidate in choices[name]):
-            first.setdefault(linear.site, linear)
-    if not first:
-        return {}
-    groups = {f"input site {site}": {"": linear.module} for site, linear in first.items()}
-    moments = second_moments(model, groups, calibration, progress=progress)
-    return {site: eigenbasis(moments[f"input site {site}"]).to(linear.weight) for site, linear in first.items()}
-
-
-def _decompose(linear: TargetLinear, candidates: tuple[Candidate, ...]) -> None:
-    """Makes the largest rank's factors, of which those of smaller ranks are parts."""
-    linear.factors(max(candidate.rank for candidate in candidates))
-
-
-# A site for magnitudes, which its linears share; a linear for column norms; a linear and a rank for residual norms;
-# and what is counted for the candidate's cut.
-_HistogramKey = tuple[Score, str, int, TokenCut | None]
-
-
-def _collect(
-    model: PreTrainedModel,
-    linears: Mapping[str, TargetLinear],
-    choices: Choices,
-    calibration: Calibration,
-    progress: Progress | None,
-) -> dict[_HistogramKey, ScoreHistogram]:
-    """Runs the calibration text once and counts every score that a candidate needs."""
-    histograms: dict[_HistogramKey, ScoreHistogram] = {}
-    scales: dict[str, dict[_HistogramKey, Tensor | None]] = {name: {} for name in linears}
-    for name, linear in linears.items():
-        if any(candidate.score == "residual-norm" for candidate in choices[name]):
-            _decompose(linear, choices[name])
-        for candidate in choices[name]:
-            key = _histogram_key(name, linear, candidate)
-            if key not in histograms:
-                histograms[key] = ScoreHistogram()
-                scales[name][key] = linear.scale(candidate)
-
-    def see(name: str, x: Tensor) -> None:
-        for key, scale in scales[name].items():
-            cut = key[-1]
-            score = scores(x, scale)
-            histograms[key].add(score if cut is None else counted_scores(cut, score))
-
-    with hooked({name: linear.module for name, linear in linears.items()}, see):
-        run_batches(model, calibration.tokens, "calibrate", progress)
-    return histograms
-
-
-def _histogram_key(name: str, linear: TargetLinear, candidate: Candidate) -> _HistogramKey:
-    if candidate.score == "magnitude":
-        return (candidate.score, str(linear.site), 0, candidate.cut)
-    return (candidate.score, name, candidate.rank if candidate.score == "residual-norm" else 0, candidate.cut)
-
-
-def _fit_candidate(
-    name: str,
-    linear: TargetLinear,
-    candidate: Candidate,
-    histograms: Mapping[_HistogramKey, ScoreHistogram],
-    rotation: Tensor | None,
-) -> _Fit:
-    histogram = histograms[_histogram_key(name, linear, candidate)]
-    if not histogram.finite:
-        raise SparsifyError(
-            f"the inputs of {name} are not finite on the calibration text, so no threshold can be fitted: "
-            "check the model in this dtype, or load it in another (--dtype)"
-        )
-    threshold = histogram.threshold(candidate.density)
-    if candidate.cut is not None:
-        inputs = linear.weight.shape[1]
-        threshold = fitted_number(candidate.cut, threshold, density=candidate.density, inputs=inputs)
-    rotation = rotation if candidate.rotated else None
-    return _Fit(candidate, threshold, linear.scale(candidate), *linear.factors(candidate.rank), rotation)
-
-
-def _compensate(
-    model: PreTrainedModel,
-    linears: Mapping[str, TargetLinear],
-    fits: Mapping[str, list[_Fit]],
-    calibration: Calibration,
-    progress: Progress | None,
-) -> None:
-    """Runs the calibration text once more and sets c = R·E[(1−m)⊙x] of the candidates that give it back as a bias.
-
-    The mean is over all tokens, on dense inputs, as thresholds are; R = W − L.
-    """
-    mended = {name: [fit for fit in options if fit.candidate.compensated] for name, options in fits.items()}
-    modules = {name: linears[name].module for name, options in mended.items() if options}
-    if not modules:
-        return
-
-    def see(name: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        for fit in mended[name]:
-            total = fit.dropped(x).sum(0, dtype=torch.float64)
-            fit.dropped_sum = total if fit.dropped_sum is None else fit.dropped_sum + total
-            fit.tokens += len(x)
-
-    with hooked(modules, see):
-        run_batches(model, calibration.tokens, "compensate", progress)
-    for name in modules:
-        for fit in mended[name]:
-            if fit.dropped_sum is not None:
-                mean = (fit.dropped_sum / fit.tokens).float()
-                fit.compensation = fit.missing(mean, linears[name].weight.detach().float())
-            fit.dropped_sum, fit.tokens = None, 0
-
-
-def _best(fits: Mapping[str, list[_Fit]]) -> dict[str, _Fit]:
-    return {name: min(options, key=lambda fit: fit.error) for name, options in fits.items()}
-
-
-def _those(fits: Mapping[str, list[_Fit]], *, compensated: bool) -> dict[str, list[_Fit]]:
-    return {n: [fit for fit in options if fit.candidate.compensated == compensated] for n, options in fits.items()}
-
-
-def _learn(
-    model: PreTrainedModel,
-    linears: Mapping[str, TargetLinear],
-    fits: Mapping[str, list[_Fit]],
-    calibration: Calibration,
-    progress: Progress | None,
-) -> dict[str, _Fit]:
-    """Learns the compensation of the best fits that have one; returns them, or the best others where it is no help."""
-    mended = _best(_those(fits, compensated=True))
-    trial = Trial(model, linears)
-    trial.place({name: fit.candidate for name, fit in mended.items()})
-    for name, fit in mended.items():
-        trial.placed[name].threshold = fit.threshold
-    learned = learn_compensation(trial, calibration, progress)
-    if not learned.compensation:
-        return _best(
-            {name: [fit for fit in options if not fit.candidate.compensated] for name, options in fits.items()}
-        )
-    for name, fit in mended.items():
-        fit.compensation = learned.compensation[name]
-        fit.error, fit.tokens = 0.0, 0
-    _measure_errors(model, linears, {name: [fit] for name, fit in mended.items()}, calibration, None)
-    return mended
-
-
-def _measure_errors(
-    model: PreTrainedModel,
-    linears: Mapping[str, TargetLinear],
-    fits: Mapping[str, list[_Fit]],
-    calibration: Calibration,
-    progress: Progress | None,
-) -> None:
-    """Sums ‖ŷ − y‖²/‖y‖² of every candidate over the tokens of some windows, each linear on dense inputs.
-
-    Relative token by token: otherwise the few tokens with huge activations, such as BOS, decide alone.
-    """
-
-    def see(name: str, x: Tensor) -> None:
-        linear = linears[name]
-        weight = linear.weight.float()
-        x = x.reshape(-1, x.shape[-1])
-        size = F.linear(x.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
-        for fit in fits[name]:
-            fit.tokens += len(x)
-            missing = fit.missing(fit.dropped(x), weight)
-            if fit.compensation is not None:
-                missing = missing - fit.compensation
-            fit.error += float((missing.square().sum(-1, dtype=torch.float64) / size).sum())
-
-    step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
-    with hooked({name: linear.module for name, linear in linears.items()}, see):
-        run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
-
-
-def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: Mapping[str, _Fit]) -> None:
+def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: Mapping[str, Fit]) -> None:
     switch = SparsitySwitch()
     for name, linear in linears.items():
         fit = chosen[name]
@@ -394,7 +149,7 @@ def _swap(model: PreTrainedModel, linears: Mapping[str, TargetLinear], chosen: M
         layers[name].get_buffer("rotation").copy_(rotation)
 
 
-def _owners(linears: Mapping[str, TargetLinear], chosen: Mapping[str, _Fit]) -> dict[str, str]:
+def _owners(linears: Mapping[str, TargetLinear], chosen: Mapping[str, Fit]) -> dict[str, str]:
     """Returns {rotated linear: the first of its site, which stores the rotation}."""
     first: dict[int, str] = {}
     turned = [name for name in linears if chosen[name].rotation is not None]
@@ -408,7 +163,7 @@ def _describe(
     calibration: Calibration,
     targets: Targets,
     linears: Mapping[str, TargetLinear],
-    chosen: Mapping[str, _Fit],
+    chosen: Mapping[str, Fit],
     rotated: bool,
 ) -> None:
     entries, owners = {}, _owners(linears, chosen)
