@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.errors import SparsifyError, suggest
-from sparsify.mlps import find_mlps
+from sparsify.mlp_targets import find_mlps
 from sparsify.targets import dense_weight, find_targets
 from sparsify.text import Windows
 
@@ -51,11 +51,16 @@ def layers_of(model: PreTrainedModel, scope: str, tokens: Tensor) -> list[Layer]
     if scope not in get_args(Scope):
         allowed = get_args(Scope)
         raise SparsifyError(f"unknown scope {scope!r}: allowed are {', '.join(allowed)}.{suggest(scope, allowed)}")
-    activations: dict[str, nn.Module | None]
+    targets = find_targets(model, tokens)
+    activations: dict[str, nn.Module | None] = dict.fromkeys(targets.names)
     if scope == "mlp":
-        activations = {mlp.down: model.get_submodule(mlp.activation) for mlp in find_mlps(model, tokens)}
-    else:
-        activations = dict.fromkeys(find_targets(model, tokens).names)
+        mlps = find_mlps(model, targets, tokens)
+        if not mlps:
+            raise SparsifyError(
+                f"{type(model).__name__} has no MLP that can be found in its blocks (an activation module between two "
+                "linears that all tokens pass; experts are none): measure every linear with --scope linears"
+            )
+        activations = {mlp.down: model.get_submodule(mlp.activation) for mlp in mlps}
     layers = []
     for name, module in model.named_modules():
         if name in activations:

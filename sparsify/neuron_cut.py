@@ -51,9 +51,9 @@ class NeuronCuts:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether the module is an activation function of transformers or torch: no parameters, no modules inside."""
+    """Whether the module is an activation function of transformers or torch, with no modules inside."""
     known = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    return known and not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    return known and not any(True for _ in module.children())
 
 
 def zero_at_zero(activation: nn.Module) -> bool:

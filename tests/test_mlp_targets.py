@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsify import SparsifyError
-from sparsify.mlps import MLP, find_mlps
+from sparsify.evals.neurons import layers_of
+from sparsify.mlp_targets import find_mlps
+from sparsify.neuron_cut import Mlp
+from sparsify.targets import find_targets
 
 _BASE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,29 +53,34 @@ def tokens() -> Tensor:
     return torch.randint(3, 60, (1, 6))
 
 
+def _found(model: PreTrainedModel, tokens: Tensor) -> tuple[Mlp, ...]:
+    return find_mlps(model, find_targets(model, tokens), tokens)
+
+
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_every_block_has_one(name: str, tokens: Tensor) -> None:
     config, options, activation, down, gated = _FAMILIES[name]
     model = _model(config, options)
-    assert find_mlps(model, tokens) == tuple(MLP(activation.format(i), down.format(i), gated) for i in range(2))
+    assert [(mlp.activation, mlp.down, mlp.gate is not None) for mlp in _found(model, tokens)] == [
+        (activation.format(i), down.format(i), gated) for i in range(2)
+    ]
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_experts_are_none_and_it_says_so(tokens: Tensor) -> None:
     model = _model("MixtralConfig", {**_GATED, "num_local_experts": 4, "num_experts_per_tok": 2})
-    with pytest.raises(SparsifyError, match=r"MixtralForCausalLM has no MLP .* 2 blocks .* --scope linears"):
-        find_mlps(model, tokens)
+    with pytest.raises(SparsifyError, match=r"MixtralForCausalLM has no MLP .* --scope linears"):
+        layers_of(model, "mlp", tokens)
 
 
 def test_one_activation_module_may_serve_all_blocks(tokens: Tensor) -> None:
     model: Any = _model("LlamaConfig", _GATED)
     model.model.layers[1].mlp.act_fn = model.model.layers[0].mlp.act_fn
-    assert [mlp.down for mlp in find_mlps(model, tokens)] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert [mlp.down for mlp in _found(model, tokens)] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
 
 
 def test_what_changes_nothing_is_no_activation(tokens: Tensor) -> None:
     model: Any = _model("LlamaConfig", _GATED)
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Identity()
-    with pytest.raises(SparsifyError, match="no MLP"):
-        find_mlps(model, tokens)
+    assert _found(model, tokens) == ()
