@@ -1,4 +1,5 @@
-"""What reads and writes a model's residual stream: its embeddings, its norms with the linears behind them, its writers.
+"""What reads and writes a model's residual stream: its embeddings, its norms with the linears behind them, its writers;
+and the values of its attentions.
 
 Found by class: the Llama-like decoders of transformers, whose norms are RMSNorms, and GPT-2, GPT-Neo and OPT, whose
 norms are LayerNorms. Every other model, and one of these with other parts in it, has no stream that is known here.
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from sparsify.targets import linear_shape
 
 # Where a LayerNorm's bias has to stay in it, the root mean square of β/γ beside the normalised input's, which is 1.
 # Above it three bits of every input are lost to a constant.
@@ -27,6 +30,25 @@ class Readers:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The linear that makes an attention's values, in its rows from `first` on, and the one that reads its output.
+
+    Rows and columns are by head of `size` channels; consecutive columns' heads share a head of values, all as many.
+    """
+
+    name: str
+    values: Any
+    first: int
+    output: Any
+    size: int
+
+    @property
+    def count(self) -> int:
+        """The number N of heads of values."""
+        return (linear_shape(self.values)[0] - self.first) // self.size
+
+
+@dataclass(frozen=True)
 class ResidualStream:
     """Embeddings [N, D] and writers [D, I] that are added to the stream; its readers in the blocks and at the end."""
 
@@ -34,6 +56,7 @@ class ResidualStream:
     writers: tuple[Any, ...]
     readers: tuple[Readers, ...]
     head: Readers
+    attentions: tuple[Heads, ...]
 
     @property
     def is_centred(self) -> bool:
@@ -43,6 +66,8 @@ class ResidualStream:
 
 @dataclass(frozen=True)
 class _Half:
+    """The attention, whose last reader makes the values, or the MLP."""
+
     norm: str
     readers: tuple[str, ...]
     writer: str
@@ -121,14 +146,17 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     decoder = model.get_submodule(names.decoder)
     readers: list[Readers] = []
     writers: list[Any] = []
+    attentions: list[Heads] = []
     for index, block in enumerate(decoder.get_submodule(names.blocks).children()):
         for half in names.halves:
             linears = tuple(block.get_submodule(name) for name in half.readers)
             readers.append(Readers(f"{names.blocks}.{index}.{half.norm}", block.get_submodule(half.norm), linears))
             writers.append(block.get_submodule(half.writer))
+        attention, _ = names.halves
+        attentions.append(_heads(f"{names.blocks}.{index}.{attention.writer}", block, attention))
     head = Readers(names.norm, decoder.get_submodule(names.norm), (model.get_submodule("lm_head"),))
     embeddings = tuple(decoder.get_submodule(name) for name in names.embeddings)
-    return ResidualStream(embeddings, tuple(writers), tuple(readers), head)
+    return ResidualStream(embeddings, tuple(writers), tuple(readers), head, tuple(attentions))
 
 
 def stream_problem(model: PreTrainedModel) -> str | None:
@@ -145,6 +173,14 @@ def shift_of(norm: Any) -> Tensor:
     """Returns β/γ [D] of a LayerNorm in fp64, 0 where β is 0."""
     gain, bias = norm.weight.detach().double(), norm.bias.detach().double()
     return torch.where(bias == 0.0, 0.0, bias / gain)
+
+
+def _heads(name: str, block: nn.Module, half: _Half) -> Heads:
+    values, output = block.get_submodule(half.readers[-1]), block.get_submodule(half.writer)
+    attention: Any = block.get_submodule(half.writer.rpartition(".")[0])
+    # GPT-2's only reader makes queries, keys and values, as many of each.
+    first = linear_shape(values)[0] - linear_shape(output)[1] if len(half.readers) == 1 else 0
+    return Heads(name, values, first, output, attention.head_dim)
 
 
 def _wrong_class(model: PreTrainedModel) -> str | None:

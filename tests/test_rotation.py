@@ -142,6 +142,28 @@ def test_the_residual_stream_has_its_principal_components(tiny_calibration: Cali
     assert bool((moment.diagonal().diff() <= 1e-4 * moment.diagonal().max()).all())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2 tied", "gpt-neo"])
+def test_attention_outputs_have_theirs_by_head_of_values(family: str, tiny_calibration: Calibration) -> None:
+    model = rotate(build(family), tiny_calibration)
+    seen: list[Tensor] = []
+    output: Any = model.get_submodule(
+        {
+            "llama": "model.layers.1.self_attn.o_proj",
+            "gpt2 tied": "transformer.h.1.attn.c_proj",
+            "gpt-neo": "transformer.h.1.attn.attention.out_proj",
+        }[family]
+    )
+    output.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2).double()))
+    logits(model, tiny_calibration.tokens)
+    count = 2 if family == "llama" else 6
+    x = torch.cat(seen)
+    for head in x.view(len(x), count, -1, 8).unbind(1):
+        moment = torch.einsum("tgi,tgj->ij", head, head)
+        largest = float(moment.diagonal().max())
+        assert float((moment - moment.diagonal().diag()).abs().max()) < 1e-4 * largest
+        assert bool((moment.diagonal().diff() <= 1e-4 * largest).all())
+
+
 def test_eigenbasis_is_orthonormal_by_decreasing_eigenvalue() -> None:
     x = torch.randn(100, 8, dtype=torch.float64) * torch.arange(1, 9)
     q = eigenbasis(x.T @ x)
