@@ -39,11 +39,6 @@ def problem_of(
     )
 
 
-def structure_problem(model: PreTrainedModel) -> str | None:
-    """Returns why a dense model's modules are not those of one of these families, in one line; None where they are."""
-    return _wrong_class(model) or _wrong_modules(model, backend="")
-
-
 def _wrong_class(model: PreTrainedModel) -> str | None:
     kind = type(model)
     family = kind.__name__.removesuffix("ForCausalLM")

@@ -2,34 +2,42 @@
 
 `eigenbasis` is LaRoSA's Q (arXiv 2507.01299): eigenvectors of XᵀX of calibration activations, the largest first.
 `rotate` gives a whole model one Q without another weight: the residual stream is turned, h' = Qᵀh, and every linear
-that reads or writes it is turned with it (computational invariance, SliceGPT, arXiv 2401.15024). Where we differ:
-LaRoSA has a Q for each layer and a product Q_lᵀ Q_{l+1} on the residual stream, which a token pays for.
-Not covered: LayerNorms, and decoders other than the Llama-like ones.
+that reads or writes it is turned with it (computational invariance, SliceGPT, arXiv 2401.15024); and the values of each
+attention head are, with the columns that read them, so that the output projection's input is. Where we differ:
+LaRoSA has a Q for each layer and a product Q_lᵀ Q_{l+1} on the residual stream, which a token pays for. SliceGPT makes
+RMSNorms of LayerNorms; here they stay, so the architecture does, and Q keeps the mean that they subtract: Qᵀ1 = 1.
+Not covered: decoders other than those of rotation_stream.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.calibration import Calibration, Progress, hooked, run_batches
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparseLayer
-from sparsify.llama_like import structure_problem
+from sparsify.rotation_stream import residual_stream, stream_problem
+from sparsify.rotation_weights import turn
 
 # LaRoSA's: a share of the mean of the diagonal of XᵀX, added to the diagonal.
 _DAMPING = 0.01
+_STREAM = "the residual stream"
 
 
 def rotate(model: PreTrainedModel, calibration: Calibration, *, progress: Progress | None = None) -> PreTrainedModel:
-    """Turns the residual stream of a dense model in place by one Q [D, D] and returns it: the same function, rotated.
+    """Turns a dense model in place: its residual stream by one Q [D, D], each head of values by an R [H, H] of its own.
 
-    Q is the eigenbasis of Σ x̂ᵀx̂ over the inputs of all attentions and MLPs, x̂ normalised and not yet scaled by the
-    norm's weight. Norm weights are folded into the linears behind them and set to 1; a head that is tied to the
-    embedding gets a weight of its own, and the configuration says so. Each weight is computed in fp64 and rounded once.
-    Raises SparsifyError for a converted model and for one that is not a Llama-like decoder.
+    It stays the same function. Q is the eigenbasis of Σ x̂ᵀx̂ over the inputs of all attentions and MLPs, x̂ normalised
+    and not yet scaled by the norm's weight; of the mean-free part for LayerNorms. Norm weights are folded into the
+    linears behind them and set to 1, LayerNorm biases into theirs where they all have one; a head that is tied to the
+    embedding gets a weight of its own, and the configuration says so. R is the eigenbasis of the attention output's
+    parts that come from one head of values, which positions do not rotate. Each weight is computed in fp64 and rounded
+    once. Returns the model.
+    Raises SparsifyError for a converted model and for one that has a rotation_problem.
     """
     if any(isinstance(module, SparseLayer) for module in model.modules()):
         raise SparsifyError("this model is converted already: rotate the dense model, then convert it")
@@ -37,20 +45,25 @@ def rotate(model: PreTrainedModel, calibration: Calibration, *, progress: Progre
         raise SparsifyError(
             f"this model cannot be rotated as a whole, {reason}: use larosa with rotation='layer', or convert without"
         )
-    decoder: Any = model.model
-    norms = {
-        f"{index} {name}": getattr(block, name)
-        for index, block in enumerate(decoder.layers)
-        for name in ("input_layernorm", "post_attention_layernorm")
-    }
-    moments = second_moments(model, {"all": norms}, calibration, normalised=True, progress=progress)
-    _turn(model, eigenbasis(moments["all"]))
+    stream = residual_stream(model)
+    norms = {readers.name: readers.norm for readers in stream.readers}
+    attentions = {heads.name: heads for heads in stream.attentions}
+    modules = norms | {name: heads.output for name, heads in attentions.items()}
+
+    def moment_of(name: str, x: Tensor) -> tuple[str, Tensor]:
+        if name in norms:
+            return _STREAM, _moment(_normalised(norms[name], x))
+        return name, _moments_of_heads(x, attentions[name].size, attentions[name].count)
+
+    moments = _summed(model, modules, calibration, moment_of, progress)
+    basis = centred_eigenbasis if stream.is_centred else eigenbasis
+    turn(model, stream, basis(moments[_STREAM]), [eigenbasis(moments[name]) for name in attentions])
     return model
 
 
 def rotation_problem(model: PreTrainedModel) -> str | None:
     """Returns why `rotate` cannot turn the model, in a few words; None where it can."""
-    return structure_problem(model)
+    return stream_problem(model)
 
 
 def second_moments(
@@ -58,23 +71,29 @@ def second_moments(
     groups: Mapping[str, Mapping[str, nn.Module]],
     calibration: Calibration,
     *,
-    normalised: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Returns XᵀX [I, I] in fp64 of the inputs of each group's modules together, on the whole calibration text.
 
-    normalised: of x / √(mean x² + ε), as an RMSNorm module makes it, in the place of x.
     Raises SparsifyError where it is not finite.
     """
     modules = {f"{group}\n{name}": module for group, named in groups.items() for name, module in named.items()}
+    return _summed(model, modules, calibration, lambda key, x: (key.partition("\n")[0], _moment(x)), progress)
+
+
+def _summed(
+    model: PreTrainedModel,
+    modules: dict[str, nn.Module],
+    calibration: Calibration,
+    moment_of: Callable[[str, Tensor], tuple[str, Tensor]],
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """Sums what moment_of(module name, input [T, I] in fp32) returns, by group, over the calibration text."""
     moments: dict[str, Tensor] = {}
 
-    def see(key: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()
-        if normalised:
-            epsilon: Any = modules[key].variance_epsilon
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
-        group, moment = key.partition("\n")[0], (x.T @ x).double()
+    def see(name: str, x: Tensor) -> None:
+        group, moment = moment_of(name, x.reshape(-1, x.shape[-1]).float())
+        moment = moment.double()
         moments[group] = moments[group] + moment.to(moments[group].device) if group in moments else moment
 
     with hooked(modules, see):
@@ -88,52 +107,40 @@ def second_moments(
     return moments
 
 
+def _moment(x: Tensor) -> Tensor:
+    return x.T @ x
+
+
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def _moments_of_heads(x: Tensor, size: int, count: int) -> Tensor:
+    """Returns XᵀX [N, H, H] of the parts of x [T, N·G·H] that come from each head of values."""
+    parts = x.view(len(x), count, -1, size).permute(1, 0, 2, 3).flatten(1, 2)
+    return parts.mT @ parts
+
+
 def eigenbasis(moment: Tensor) -> Tensor:
-    """Returns Q [I, I] in fp64: orthonormal eigenvectors of XᵀX as columns, the largest eigenvalue's first."""
-    damping = _DAMPING * moment.diagonal().mean()
-    damped = moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    """Returns Q [..., I, I] in fp64: orthonormal eigenvectors of XᵀX as columns, the largest eigenvalue's first."""
+    damping = _DAMPING * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped = moment + damping[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     vectors: Tensor = torch.linalg.eigh(damped).eigenvectors
     return vectors.flip(-1)
 
 
-@torch.no_grad()
-def _turn(model: PreTrainedModel, q: Tensor) -> None:
-    model_: Any = model
-    decoder, head = model_.model, model_.lm_head
-    _untie(model_)
-    _set(decoder.embed_tokens.weight, decoder.embed_tokens.weight.double() @ q.to(decoder.embed_tokens.weight.device))
-    for block in decoder.layers:
-        attention, mlp = block.self_attn, block.mlp
-        _turn_readers([attention.q_proj, attention.k_proj, attention.v_proj], block.input_layernorm, q)
-        _turn_readers([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm, q)
-        _turn_writer(attention.o_proj, q)
-        _turn_writer(mlp.down_proj, q)
-    _turn_readers([head], decoder.norm, q)
+def centred_eigenbasis(moment: Tensor) -> Tensor:
+    """Returns Q [D, D] in fp64 for XᵀX of rows without a mean, orthonormal, with Qᵀ1 = 1, so that means stay means.
 
-
-def _untie(model: Any) -> None:
-    if model.lm_head.weight is model.model.embed_tokens.weight:
-        weight = model.lm_head.weight
-        model.lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
-def _turn_readers(linears: list[nn.Linear], norm: Any, q: Tensor) -> None:
-    """W ← W·diag(g)·Q, g ← 1."""
-    for linear in linears:
-        weight = linear.weight
-        _set(weight, (weight.double() * norm.weight.double()) @ q.to(weight.device))
-    norm.weight.data = torch.ones_like(norm.weight)
-
-
-def _turn_writer(linear: nn.Linear, q: Tensor) -> None:
-    """W ← Qᵀ·W, b ← Qᵀ·b."""
-    _set(linear.weight, q.to(linear.weight.device).T @ linear.weight.double())
-    if linear.bias is not None:
-        _set(linear.bias, q.to(linear.bias.device).T @ linear.bias.double())
-
-
-def _set(parameter: Tensor, value: Tensor) -> None:
-    # A new tensor: what was mapped from a file is not written to, and what points to the old one notices.
-    parameter.data = value.to(parameter.dtype).contiguous()
+    Q = H·diag(U, 1)·H: H is the reflection that swaps the last unit vector and 1/√D, U the eigenbasis of the moments
+    in the rest of its columns, which are orthogonal to 1. Channels are then the D − 1 principal scores but for a part
+    that they have in common, their sum over about −D, and the last channel is that sum over √D.
+    """
+    size = len(moment)
+    u = torch.full((size,), -(size**-0.5), dtype=moment.dtype, device=moment.device)
+    u[-1] += 1.0
+    reflection = torch.eye(size, dtype=moment.dtype, device=moment.device) - 2.0 * torch.outer(u, u) / u.square().sum()
+    rest = reflection[:, :-1]
+    return rest @ eigenbasis(rest.T @ moment @ rest) @ rest.T + 1.0 / size

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 import sparsify
 from sparsify import Calibration, Larosa, SparsifyError
@@ -248,8 +248,9 @@ def test_refusals(tiny_llama: PreTrainedModel, tiny_calibration: Calibration) ->
         sparsify.convert(copy.deepcopy(tiny_llama), Larosa(0.9, rotation="layer"), tiny_calibration)
     with pytest.raises(SparsifyError, match="larosa cuts each token by itself"):
         sparsify.convert(copy.deepcopy(tiny_llama), MODEL, tiny_calibration, allocation="sensitivity")
-    other = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=64)).eval()
-    with pytest.raises(SparsifyError, match=r"GPT2LMHeadModel is not one of .*use larosa with rotation='layer'"):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=128, **size)).eval()
+    with pytest.raises(SparsifyError, match=r"GPTNeoXForCausalLM is not one of .*use larosa with rotation='layer'"):
         sparsify.convert(other, MODEL, tiny_calibration)
     assert not sparse_layers(other)
     with pytest.raises(SparsifyError, match=r"unknown rotation 'modell'.*Did you mean 'model'"):
