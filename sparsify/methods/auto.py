@@ -1,8 +1,9 @@
 """The default: what measured best, with no knobs. Not a method of a paper, but a choice among those that are here.
 
-Each linear's score (magnitude, column norm, residual norm), its rank and its share of the bytes are chosen together by
-the allocation `sensitivity`, on calibration text, in the model that is sparse already. Left out because they did not
-help: thresholds from the sparse model's own activations, mean compensation, learned scales (docs/allocation.md).
+The model is rotated where it can be (sparsify.rotation). Each linear's score (magnitude, column norm, residual norm),
+its rank and its share of the bytes are chosen together by the allocation `sensitivity`, on calibration text, in the
+model that is sparse already. Then a bias for what is dropped is learned (sparsify.compensation). Left out because they
+did not help: thresholds from the sparse model's own activations, learned scales (docs/allocation.md).
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from sparsify.budget import Candidate, LinearShape, check_share
 from sparsify.methods.rsparse import FACTS as RSPARSE_FACTS
 from sparsify.methods.rsparse import RSparse
 
-SUMMARY = "score, rank and share of each linear by their value in the sparse model: the default"
+SUMMARY = "rotates the model; score, rank and share by their value in the sparse model; a learned bias: the default"
 PAPER = "ours; docs/allocation.md"
 FACTS = replace(RSPARSE_FACTS, rule="fixed threshold; a low-rank product for what is below it, where that pays")
 
