@@ -100,6 +100,9 @@ def print_budget(console: Console, found: dict[str, Any] | None) -> None:
     """Prints what a search for a budget tried, or what was predicted and measured; nothing for a sparsity."""
     if found is None:
         return
+    if found["kind"] == "ppl-p":
+        console.print(f"Budget: {found['said']}.", markup=False)
+        return
     if found["kind"] == "speedup":
         _print_speed(console, found)
         return

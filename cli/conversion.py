@@ -10,6 +10,7 @@ from sparsify.cli.budgets import DEFAULT_SPARSITY, meet_budget, settle_budget
 from sparsify.cli.ledger_view import ledger_totals
 from sparsify.cli.loading import pick_device
 from sparsify.cli.measurement import measure
+from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p, convert_ppl_p
 from sparsify.cli.progress import Progress
 from sparsify.cli.settings import ConvertSettings
 from sparsify.cli.sites import check_budgets, describe_sites
@@ -35,21 +36,30 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
+    by_neurons = settings.method == PPL_P
+    if by_neurons:
+        check_ppl_p(settings)
     settings = settle_budget(settings)
-    method = _configure(settings)
-    allocation = _allocate(settings, method)
+    method = None if by_neurons else _configure(settings)
+    allocation = None if method is None else _allocate(settings, method)
     out = check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
     spec = _check_model(settings.model)
     tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
+
+    def make() -> "PreTrainedModel":
+        return _load_dense(spec, settings, device, progress)
+
     if dry_run or out is None:
-        model = _load_dense(spec, settings, device, progress)
-        check_budgets(model, method, uniform=allocation.name == "uniform")
+        model = make()
+        if method is not None and allocation is not None:
+            check_budgets(model, method, uniform=allocation.name == "uniform")
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
-    model, met = meet_budget(
-        settings, lambda: _load_dense(spec, settings, device, progress), method, allocation, calibration, held_out,
-        progress,
-    )  # fmt: skip
+    if method is not None and allocation is not None:
+        model, met = meet_budget(settings, make, method, allocation, calibration, held_out, progress)
+    else:
+        assert held_out is not None
+        model, met = convert_ppl_p(settings, make, calibration, held_out, progress)
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill or config.prefill
     set_prefill(model, config.prefill)

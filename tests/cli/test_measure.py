@@ -176,3 +176,43 @@ def test_a_model_without_mlps(run: Run, dense_model: Path, flags: list[str], tmp
     data = measured(run, tmp_path / "experts", *flags, "--scope", "linears", "--ppl-p", "5%")
     assert data["metric"] == "PPL-p% channel sparsity"
     assert "left dense" in " ".join(data["left_out"])
+
+
+def test_convert_to_a_rise_of_perplexity_by_neurons(
+    run: Run, wide_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ppl"
+    flags = ["--calibration", str(text_file), "--seq-len", "16", "--sequences", "2", "--held-out", "2"]
+    result = run(
+        "convert", wide_model, "--method", "ppl-p", "--max-ppl-increase", "5%", *flags, "--eval-windows", "0",
+        "--out", out, "--format", "json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    budget = json.loads(result.stdout)["budget"]
+    assert (budget["kind"], budget["max_increase"]) == ("ppl-p", 0.05)
+    assert 0.0 < budget["points"][0]["sparsity"] < 1.0
+    assert budget["increase"] <= 0.05
+    assert run("verify", out).exit_code == 0
+    model = sparsify.load(str(out))
+    assert model.config.quantization_config.method == "ppl-p"
+    assert all("down_proj" in name for name in model.config.quantization_config.linears)
+    # The settings in the checkpoint repeat it.
+    again = tmp_path / "again"
+    assert run("convert", "--config", out / "sparsify.yaml", "--out", again).exit_code == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    text = run("convert", "--config", out / "sparsify.yaml", "--out", tmp_path / "human").stdout
+    assert "of MLP neurons to" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sparsity", "0.5"], "give --max-ppl-increase"),
+        (["--max-ppl-increase", "1%", "--rho", "0.9", "--rotate"], "leave --rho, --rotate out"),
+        (["--max-ppl-increase", "1%", "--sparsity", "0.5"], "leave --sparsity out"),
+    ],
+)
+def test_convert_by_neurons_takes_no_bytes(run: Run, wide_model: Path, flags: list[str], message: str) -> None:
+    result = run("convert", wide_model, "--method", "ppl-p", *flags, "--out", "nowhere")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
