@@ -93,6 +93,13 @@ def test_model_form_is_the_papers_on_real_activations(
         g = trained.get_submodule("model.layers.0.input_layernorm").weight.detach().double()
         expected = top_k((few / g) @ q, k) @ ((weight * g) @ q).T
         found = layer(((few / g) @ q).float())
+    elif name == O:
+        # Its columns are turned by head, too: W' = QᵀWR, so W'W'ᵀ has no R in it.
+        written = layer.weight.detach().double()
+        inner = q.T @ weight
+        torch.testing.assert_close(written @ written.T, inner @ inner.T, rtol=1e-3, atol=1e-3)
+        expected = top_k(few, k) @ written.T
+        found = layer(few.float())
     else:
         expected = top_k(few, k) @ weight.T @ q
         found = layer(few.float())
