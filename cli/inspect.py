@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsify.cli.ledger_view import ledger_totals, print_left_dense, totals_table
-from sparsify.cli.loading import TrustOption, is_converted
+from sparsify.cli.loading import TrustOption, identify, is_converted, load
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, common_prefix, make_table, percent
 from sparsify.cli.progress import Progress
 from sparsify.cli.sites import describe_sites, sites_table
+
+# What --activations runs: enough tokens for histograms, few enough for a minute.
+_WINDOWS, _WINDOW = 8, 512
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +25,13 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A converted checkpoint, or a dense model.")],
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Collect what `sparsify report` draws of a checkpoint's activations on this text; with --save.",
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     save: SaveOption = None,
@@ -35,6 +45,8 @@ def inspect(
     [dim]$[/] sparsify inspect reference
     """
     output = Output(format, save)
+    if activations is not None:
+        return _inspect_activations(model, activations, output, trust_remote_code)
     with output.working(), Progress() as progress:
         from sparsify.models import load_dense, resolve_model
 
@@ -47,6 +59,34 @@ def inspect(
             found = describe_sites(load_dense(model, device="cpu", trust_remote_code=trust_remote_code))
             result = {"model": model, "converted": False} | found
     output.emit(result, lambda console: (_render_checkpoint if converted else _render_dense)(console, result))
+
+
+def _inspect_activations(model: str, text: str, output: Output, trust_remote_code: bool) -> None:
+    """Collects and emits what a report draws of a checkpoint's activations."""
+    with output.working(), Progress() as progress:
+        from sparsify.evals.activations import collect_activations
+        from sparsify.evals.machine import environment
+        from sparsify.text import read_text, windows
+
+        source = read_text(text)
+        loaded = load(model, progress, trust_remote_code=trust_remote_code)
+        positions = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = min(_WINDOW, positions) if isinstance(positions, int) else _WINDOW
+        cut = windows(source, loaded.tokenizer, seq_len=length, limit=_WINDOWS)
+        about = {"model": model, "checkpoint_sha256": identify(loaded.model)}
+        result = about | collect_activations(loaded.model, cut, progress) | environment(loaded.model.device)
+    output.emit(result, lambda console: _render_activations(console, result))
+
+
+def _render_activations(console: Console, result: dict[str, Any]) -> None:
+    found = result["sparsity_by_position"]
+    console.print(
+        f"Collected {len(result['activations'])} linears on {result['tokens']:,} tokens of {result['text']}: sparsity "
+        f"nominal {percent(result['nominal_sparsity'])}, weighted {percent(result['weighted_sparsity'])}, realised "
+        f"{percent(sum(found) / len(found))} over all positions, {percent(found[0])} at the first token of a window.",
+        markup=False,
+    )
+    console.print("Save it with --save FILE and give that to `sparsify report` as --results.", markup=False)
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
