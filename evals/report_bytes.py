@@ -118,10 +118,12 @@ def _heatmaps(subject: Subject, painter: Painter) -> Iterator[Picture]:
         # The ledger has the linears in the model's order.
         values = {linear.name: value(linear.name) for linear in subject.ledger.linears}
         if name != "rank" or any(values.values()):
-            yield _heatmap(name, title, form, values, painter)
+            yield _heatmap(name, title, form, values, 100.0 if name in ("sparsity", "density") else None, painter)
 
 
-def _heatmap(name: str, title: str, form: str, values: dict[str, float], painter: Painter) -> Picture:
+def _heatmap(
+    name: str, title: str, form: str, values: dict[str, float], top: float | None, painter: Painter
+) -> Picture:
     places = {linear: place(linear) for linear in values}
     layers = sorted({layer for layer, _ in places.values() if layer is not None})
     outside = [kind for layer, kind in places.values() if layer is None]
@@ -133,12 +135,11 @@ def _heatmap(name: str, title: str, form: str, values: dict[str, float], painter
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        low, high = min(values.values()), max(values.values())
-        # A map that is flat is one colour, not noise blown up to the whole range.
-        span = max(high - low, 1e-3 * abs(high), 1e-9)
+        # From 0, so that a map that is flat is one colour, and not noise blown up to the whole range.
+        high = top or max(values.values()) or 1.0
         # As paths: pictures in a picture would not load.
         image = axes.pcolormesh(
-            grid, cmap="viridis", vmin=low, vmax=low + span, edgecolors="white", linewidth=0.5, rasterized=False
+            grid, cmap="viridis", vmin=0.0, vmax=high, edgecolors="white", linewidth=0.5, rasterized=False
         )
         axes.invert_yaxis()
         axes.set_xticks([x + 0.5 for x in range(len(kinds))], kinds, rotation=90)
@@ -149,11 +150,12 @@ def _heatmap(name: str, title: str, form: str, values: dict[str, float], painter
             for y, row in enumerate(grid):
                 for x, number in enumerate(row):
                     if not math.isnan(number):
-                        colour = "white" if (number - low) / span < 0.6 else "black"
+                        colour = "white" if number < 0.6 * high else "black"
                         axes.text(
                             x + 0.5, y + 0.5, form.format(number), ha="center", va="center", fontsize=8, color=colour
                         )
-        bar = figure.colorbar(image, ax=axes, label=title.partition(",")[0])
+        axes.set_title(title, fontsize=9, loc="left")
+        bar = figure.colorbar(image, ax=axes)
         bar.solids.set_rasterized(False)
 
     low, high = min(values, key=lambda n: values[n]), max(values, key=lambda n: values[n])

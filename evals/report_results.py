@@ -124,8 +124,10 @@ def read_results(subject: Subject, paths: list[Path]) -> Results:
 
 def _kind(path: Path, data: Any) -> str:
     keys = set(data) if isinstance(data, Mapping) else set()
-    if {"models", "protocol"} <= keys and isinstance(data["models"], list) and data["models"]:
-        return "tasks" if "scores" in data["models"][0] else "perplexity"
+    if {"models", "protocol"} <= keys:
+        entries = data["models"] if isinstance(data["models"], list) else []
+        if entries and all(isinstance(entry, Mapping) for entry in entries):
+            return "tasks" if "scores" in entries[0] else "perplexity"
     marks = {
         "activations": {"activations"},
         "speed": {"sides", "ratios"},
