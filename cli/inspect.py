@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +14,13 @@ from sparsify.cli.output import Format, FormatOption, Output, SaveOption, common
 from sparsify.cli.progress import Progress
 from sparsify.cli.sites import describe_sites, sites_table
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # What --activations runs: enough tokens for histograms, few enough for a minute.
 _WINDOWS, _WINDOW = 8, 512
+# Windows and their tokens that an estimate runs.
+_ESTIMATED = (4, 128)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +37,10 @@ def inspect(
             help="Collect what `sparsify report` draws of a checkpoint's activations on this text; with --save.",
         ),
     ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate/--no-estimate", help="Run a dense model on a short text: how sparse it could be."),
+    ] = True,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     save: SaveOption = None,
@@ -39,7 +48,8 @@ def inspect(
     """Look inside a checkpoint: its settings, its byte ledger, and every linear.
 
     For a dense model: the linears that a conversion would make sparse, found
-    by structure, and what it would leave dense.
+    by structure, what it would leave dense, and an estimate of how sparse it
+    could be, by output error on a few windows of text.
 
     [dim]$[/] sparsify inspect reference-50
     [dim]$[/] sparsify inspect reference
@@ -56,9 +66,31 @@ def inspect(
             result = {"model": model, "converted": True} | describe_checkpoint(Path(source))
         else:
             progress.note(f"loading {model}")
-            found = describe_sites(load_dense(model, device="cpu", trust_remote_code=trust_remote_code))
-            result = {"model": model, "converted": False} | found
+            dense = load_dense(model, device="cpu", trust_remote_code=trust_remote_code)
+            result = {"model": model, "converted": False} | describe_sites(dense)
+            if estimate:
+                result["estimate"] = _estimate(model, dense, progress, trust_remote_code)
     output.emit(result, lambda console: (_render_checkpoint if converted else _render_dense)(console, result))
+
+
+def _estimate(spec: str, model: "PreTrainedModel", progress: Progress, trust_remote_code: bool) -> dict[str, Any]:
+    """Returns how sparse a dense model could be by output error, or, under "problem", why that was not estimated."""
+    from sparsify.calibration import Calibration
+    from sparsify.errors import SparsifyError
+    from sparsify.evals.headroom import headroom
+    from sparsify.models import load_tokenizer
+    from sparsify.text import read_text
+
+    try:
+        tokenizer = load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    except SparsifyError as problem:
+        # A model without a tokenizer can still be looked at.
+        return {"problem": str(problem)}
+    sequences, length = _ESTIMATED
+    text = read_text("stdlib:calibration")
+    calibration = Calibration.from_text(text, tokenizer, sequences=sequences, seq_len=length)
+    kinds = [asdict(kind) for kind in headroom(model, calibration, progress)]
+    return {"text": text.name, "sequences": sequences, "seq_len": length, "kinds": kinds}
 
 
 def _inspect_activations(model: str, text: str, output: Output, trust_remote_code: bool) -> None:
@@ -182,8 +214,31 @@ def _linears_table(linears: list[dict[str, Any]]) -> Table:
 def _render_dense(console: Console, result: dict[str, Any]) -> None:
     console.print(sites_table(result["kinds"]))
     print_left_dense(console, result["left_dense"])
+    if "estimate" in result:
+        _render_estimate(console, result["estimate"], result["model"])
     console.print(
         f"A dense model: {result['linears']} linears at {result['sites']} input sites can be made sparse. Next:",
     )
     # On a line of its own that is never folded, to be copied.
     console.print(f"sparsify convert {result['model']} --sparsity 0.5 --out DIR", markup=False, soft_wrap=True)
+
+
+def _render_estimate(console: Console, found: dict[str, Any], model: str) -> None:
+    if "problem" in found:
+        console.print(f"No estimate of how sparse it could be: {found['problem']}", markup=False)
+        return
+    errors = list(found["kinds"][0]["sparsity"])
+    columns = (f"at {percent(float(error), 0)} error" for error in errors)
+    table = make_table("Bytes that could go: an estimate by output error", "linear", "zeros", *columns)
+    for kind in found["kinds"]:
+        style = "bold" if kind["linear"] == "all" else None
+        shares = (percent(kind["sparsity"][error], 0) for error in errors)
+        table.add_row(kind["linear"], percent(kind["zeros"]), *shares, style=style)
+    console.print(table)
+    console.print(
+        f"Each linear alone, on inputs of the dense model, {found['sequences']} × {found['seq_len']} tokens of "
+        f"{found['text']}; zeros are inputs that are 0 already. What perplexity says is measured by:",
+        markup=False,
+    )
+    for command in (f"sparsify measure {model}", f"sparsify convert {model} --max-ppl-increase 1% --out DIR"):
+        console.print(command, markup=False, soft_wrap=True)

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -32,7 +31,7 @@ _FIGURES = {
 @pytest.fixture(scope="module")
 def stored(
     app: typer.Typer, checkpoint: Path, dense_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Path]]:
+) -> dict[str, Path]:
     """The results of every kind, really made by the commands on the tiny checkpoint and its dense model."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'sparsify-llm[eval]'")
     folder = tmp_path_factory.mktemp("stored")
@@ -59,7 +58,7 @@ def stored(
         for command in commands:
             result = CliRunner().invoke(app, [str(word) for word in command])
             assert result.exit_code == 0, result.output
-    yield files
+    return files
 
 
 @pytest.fixture(scope="module")
