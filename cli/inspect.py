@@ -87,6 +87,7 @@ def _estimate(spec: str, model: "PreTrainedModel", progress: Progress, trust_rem
         # A model without a tokenizer can still be looked at.
         return {"problem": str(problem)}
     sequences, length = _ESTIMATED
+    length = min(length, _positions(model))
     text = read_text("stdlib:calibration")
     calibration = Calibration.from_text(text, tokenizer, sequences=sequences, seq_len=length)
     kinds = [asdict(kind) for kind in headroom(model, calibration, progress)]
@@ -102,12 +103,17 @@ def _inspect_activations(model: str, text: str, output: Output, trust_remote_cod
 
         source = read_text(text)
         loaded = load(model, progress, trust_remote_code=trust_remote_code)
-        positions = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        length = min(_WINDOW, positions) if isinstance(positions, int) else _WINDOW
+        length = min(_WINDOW, _positions(loaded.model))
         cut = windows(source, loaded.tokenizer, seq_len=length, limit=_WINDOWS)
         about = {"model": model, "checkpoint_sha256": identify(loaded.model)}
         result = about | collect_activations(loaded.model, cut, progress) | environment(loaded.model.device)
     output.emit(result, lambda console: _render_activations(console, result))
+
+
+def _positions(model: "PreTrainedModel") -> int:
+    """Returns how many tokens the model takes; our longest window where it does not say."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else _WINDOW
 
 
 def _render_activations(console: Console, result: dict[str, Any]) -> None:
@@ -127,6 +133,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     Raises CheckpointError where it is not a sound one.
     """
     from sparsify.checkpoint import read_config, read_ledger
+    from sparsify.manifest import checkpoint_sha256
 
     config, ledger = read_config(folder), read_ledger(folder)
     thresholds = _thresholds(folder)
@@ -134,11 +141,14 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "method": config.method,
         "method_config": config.method_config,
+        "allocation": config.allocation,
+        "rotated": config.rotated,
         "prefill": config.prefill,
         "neurons": None if config.neurons is None else asdict(config.neurons),
         "calibration": asdict(config.calibration),
         "sparsify_version": config.sparsify_version,
         "schema_version": config.schema_version,
+        "checkpoint_sha256": checkpoint_sha256(folder),
         "ledger": ledger_totals(ledger),
         "linears": [
             {"name": name, "threshold": thresholds.get(name), **_size(sizes.get(name)), **asdict(entry)}
@@ -179,7 +189,11 @@ def _thresholds(folder: Path) -> dict[str, float]:
 def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
     about = result["calibration"]
     options = ", ".join(f"{k} {v}" for k, v in result["method_config"].items() if v is not None and k != "recipe")
-    console.print(f"[bold]{result['method']}[/] ({options}), prefill {result['prefill']}")
+    rotated = ", rotated" if result["rotated"] else ""
+    console.print(
+        f"[bold]{result['method']}[/] ({options}), allocation {result['allocation']}{rotated}, prefill "
+        f"{result['prefill']}"
+    )
     console.print(
         f"Calibrated on {about['sequences']} × {about['seq_len']} tokens of {about['source']} "
         f"(sha256 {about['sha256'][:12]}); written by sparsify {result['sparsify_version']}, "
@@ -193,6 +207,23 @@ def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
     console.print(totals_table(result["ledger"]))
     console.print(_linears_table(result["linears"]))
     print_left_dense(console, result["ledger"]["left_dense"])
+    _render_summary(console, result)
+
+
+def _render_summary(console: Console, result: dict[str, Any]) -> None:
+    """Says what the linears' table comes to, and which commands measure the rest."""
+    linears = result["linears"]
+    errors = {linear["name"]: linear["error"] for linear in linears}
+    worst = max(errors, key=lambda name: errors[name])
+    low_rank = sum(linear["rank"] > 0 for linear in linears)
+    console.print(
+        f"Output error on calibration text: mean {percent(sum(errors.values()) / len(errors))}, worst "
+        f"{percent(errors[worst])} ({worst}). Low rank in {low_rank} of {len(linears)} linears. Quality, speed and "
+        "pictures:",
+        markup=False,
+    )
+    for command in ("eval", "bench", "report"):
+        console.print(f"sparsify {command} {result['model']}", markup=False, soft_wrap=True)
 
 
 def _linears_table(linears: list[dict[str, Any]]) -> Table:
