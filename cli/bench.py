@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsify.cli.bench_view import render_crossover, render_speed, statements
-from sparsify.cli.loading import BackendOption, DeviceOption, DtypeOption, PrefillOption, TrustOption, load, pick_device
+from sparsify.cli.loading import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    PrefillOption,
+    TrustOption,
+    identify,
+    load,
+    pick_device,
+)
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption
 from sparsify.cli.progress import Progress
 from sparsify.errors import SparsifyError
@@ -198,6 +207,7 @@ def _about(subject: "Subject", model: str | None, shape: str | None) -> dict[str
         "shape": shape,
         "random_weights": shape is not None,
         "method": method,
+        "checkpoint_sha256": identify(subject.model) if shape is None else None,
     }
 
 

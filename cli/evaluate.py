@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from sparsify.cli.evaluate_tasks import TaskFlags, evaluate_tasks
-from sparsify.cli.loading import BackendOption, DeviceOption, DtypeOption, Loaded, TrustOption, load, made_from
+from sparsify.cli.loading import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    Loaded,
+    TrustOption,
+    identify,
+    load,
+    made_from,
+)
 from sparsify.cli.measurement import measure
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, byte_count, make_table, percent
 from sparsify.cli.progress import Progress
@@ -114,7 +123,8 @@ def evaluate(
                 loaded.model, windows, progress,
                 label=Path(spec).name, protocol=protocol, batch_size=batch_size, only_dense=dense,
             )  # fmt: skip
-            results.append({"model": spec, "converted": loaded.converted} | measured)
+            identity = {"checkpoint_sha256": identify(loaded.model)}
+            results.append({"model": spec, "converted": loaded.converted} | identity | measured)
             del loaded
     result = {"text": why, "protocol": protocol, "models": results}
     output.emit(result, lambda console: _render(console, result))

@@ -2,17 +2,25 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from sparsify.cli.ledger_view import ledger_totals, print_left_dense, totals_table
-from sparsify.cli.loading import TrustOption, is_converted
+from sparsify.cli.loading import TrustOption, identify, is_converted, load
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, common_prefix, make_table, percent
 from sparsify.cli.progress import Progress
 from sparsify.cli.sites import describe_sites, sites_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What --activations runs: enough tokens for histograms, few enough for a minute.
+_WINDOWS, _WINDOW = 8, 512
+# Windows and their tokens that an estimate runs.
+_ESTIMATED = (4, 128)
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +30,17 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A converted checkpoint, or a dense model.")],
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Collect what `sparsify report` draws of a checkpoint's activations on this text; with --save.",
+        ),
+    ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate/--no-estimate", help="Run a dense model on a short text: how sparse it could be."),
+    ] = True,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     save: SaveOption = None,
@@ -29,12 +48,15 @@ def inspect(
     """Look inside a checkpoint: its settings, its byte ledger, and every linear.
 
     For a dense model: the linears that a conversion would make sparse, found
-    by structure, and what it would leave dense.
+    by structure, what it would leave dense, and an estimate of how sparse it
+    could be, by output error on a few windows of text.
 
     [dim]$[/] sparsify inspect reference-50
     [dim]$[/] sparsify inspect reference
     """
     output = Output(format, save)
+    if activations is not None:
+        return _inspect_activations(model, activations, output, trust_remote_code)
     with output.working(), Progress() as progress:
         from sparsify.models import load_dense, resolve_model
 
@@ -44,9 +66,65 @@ def inspect(
             result = {"model": model, "converted": True} | describe_checkpoint(Path(source))
         else:
             progress.note(f"loading {model}")
-            found = describe_sites(load_dense(model, device="cpu", trust_remote_code=trust_remote_code))
-            result = {"model": model, "converted": False} | found
+            dense = load_dense(model, device="cpu", trust_remote_code=trust_remote_code)
+            result = {"model": model, "converted": False} | describe_sites(dense)
+            if estimate:
+                result["estimate"] = _estimate(model, dense, progress, trust_remote_code)
     output.emit(result, lambda console: (_render_checkpoint if converted else _render_dense)(console, result))
+
+
+def _estimate(spec: str, model: "PreTrainedModel", progress: Progress, trust_remote_code: bool) -> dict[str, Any]:
+    """Returns how sparse a dense model could be by output error, or, under "problem", why that was not estimated."""
+    from sparsify.calibration import Calibration
+    from sparsify.errors import SparsifyError
+    from sparsify.evals.headroom import headroom
+    from sparsify.models import load_tokenizer
+    from sparsify.text import read_text
+
+    try:
+        tokenizer = load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    except SparsifyError as problem:
+        # A model without a tokenizer can still be looked at.
+        return {"problem": str(problem)}
+    sequences, length = _ESTIMATED
+    length = min(length, _positions(model))
+    text = read_text("stdlib:calibration")
+    calibration = Calibration.from_text(text, tokenizer, sequences=sequences, seq_len=length)
+    kinds = [asdict(kind) for kind in headroom(model, calibration, progress)]
+    return {"text": text.name, "sequences": sequences, "seq_len": length, "kinds": kinds}
+
+
+def _inspect_activations(model: str, text: str, output: Output, trust_remote_code: bool) -> None:
+    """Collects and emits what a report draws of a checkpoint's activations."""
+    with output.working(), Progress() as progress:
+        from sparsify.evals.activations import collect_activations
+        from sparsify.evals.machine import environment
+        from sparsify.text import read_text, windows
+
+        source = read_text(text)
+        loaded = load(model, progress, trust_remote_code=trust_remote_code)
+        length = min(_WINDOW, _positions(loaded.model))
+        cut = windows(source, loaded.tokenizer, seq_len=length, limit=_WINDOWS)
+        about = {"model": model, "checkpoint_sha256": identify(loaded.model)}
+        result = about | collect_activations(loaded.model, cut, progress) | environment(loaded.model.device)
+    output.emit(result, lambda console: _render_activations(console, result))
+
+
+def _positions(model: "PreTrainedModel") -> int:
+    """Returns how many tokens the model takes; our longest window where it does not say."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else _WINDOW
+
+
+def _render_activations(console: Console, result: dict[str, Any]) -> None:
+    found = result["sparsity_by_position"]
+    console.print(
+        f"Collected {len(result['activations'])} linears on {result['tokens']:,} tokens of {result['text']}: sparsity "
+        f"nominal {percent(result['nominal_sparsity'])}, weighted {percent(result['weighted_sparsity'])}, realised "
+        f"{percent(sum(found) / len(found))} over all positions, {percent(found[0])} at the first token of a window.",
+        markup=False,
+    )
+    console.print("Save it with --save FILE and give that to `sparsify report` as --results.", markup=False)
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
@@ -55,6 +133,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     Raises CheckpointError where it is not a sound one.
     """
     from sparsify.checkpoint import read_config, read_ledger
+    from sparsify.manifest import checkpoint_sha256
 
     config, ledger = read_config(folder), read_ledger(folder)
     thresholds = _thresholds(folder)
@@ -62,11 +141,14 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "method": config.method,
         "method_config": config.method_config,
+        "allocation": config.allocation,
+        "rotated": config.rotated,
         "prefill": config.prefill,
         "neurons": None if config.neurons is None else asdict(config.neurons),
         "calibration": asdict(config.calibration),
         "sparsify_version": config.sparsify_version,
         "schema_version": config.schema_version,
+        "checkpoint_sha256": checkpoint_sha256(folder),
         "ledger": ledger_totals(ledger),
         "linears": [
             {"name": name, "threshold": thresholds.get(name), **_size(sizes.get(name)), **asdict(entry)}
@@ -107,7 +189,11 @@ def _thresholds(folder: Path) -> dict[str, float]:
 def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
     about = result["calibration"]
     options = ", ".join(f"{k} {v}" for k, v in result["method_config"].items() if v is not None and k != "recipe")
-    console.print(f"[bold]{result['method']}[/] ({options}), prefill {result['prefill']}")
+    rotated = ", rotated" if result["rotated"] else ""
+    console.print(
+        f"[bold]{result['method']}[/] ({options}), allocation {result['allocation']}{rotated}, prefill "
+        f"{result['prefill']}"
+    )
     console.print(
         f"Calibrated on {about['sequences']} × {about['seq_len']} tokens of {about['source']} "
         f"(sha256 {about['sha256'][:12]}); written by sparsify {result['sparsify_version']}, "
@@ -121,6 +207,23 @@ def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
     console.print(totals_table(result["ledger"]))
     console.print(_linears_table(result["linears"]))
     print_left_dense(console, result["ledger"]["left_dense"])
+    _render_summary(console, result)
+
+
+def _render_summary(console: Console, result: dict[str, Any]) -> None:
+    """Says what the linears' table comes to, and which commands measure the rest."""
+    linears = result["linears"]
+    errors = {linear["name"]: linear["error"] for linear in linears}
+    worst = max(errors, key=lambda name: errors[name])
+    low_rank = sum(linear["rank"] > 0 for linear in linears)
+    console.print(
+        f"Output error on calibration text: mean {percent(sum(errors.values()) / len(errors))}, worst "
+        f"{percent(errors[worst])} ({worst}). Low rank in {low_rank} of {len(linears)} linears. Quality, speed and "
+        "pictures:",
+        markup=False,
+    )
+    for command in ("eval", "bench", "report"):
+        console.print(f"sparsify {command} {result['model']}", markup=False, soft_wrap=True)
 
 
 def _linears_table(linears: list[dict[str, Any]]) -> Table:
@@ -142,8 +245,31 @@ def _linears_table(linears: list[dict[str, Any]]) -> Table:
 def _render_dense(console: Console, result: dict[str, Any]) -> None:
     console.print(sites_table(result["kinds"]))
     print_left_dense(console, result["left_dense"])
+    if "estimate" in result:
+        _render_estimate(console, result["estimate"], result["model"])
     console.print(
         f"A dense model: {result['linears']} linears at {result['sites']} input sites can be made sparse. Next:",
     )
     # On a line of its own that is never folded, to be copied.
     console.print(f"sparsify convert {result['model']} --sparsity 0.5 --out DIR", markup=False, soft_wrap=True)
+
+
+def _render_estimate(console: Console, found: dict[str, Any], model: str) -> None:
+    if "problem" in found:
+        console.print(f"No estimate of how sparse it could be: {found['problem']}", markup=False)
+        return
+    errors = list(found["kinds"][0]["sparsity"])
+    columns = (f"at {percent(float(error), 0)} error" for error in errors)
+    table = make_table("Bytes that could go: an estimate by output error", "linear", "zeros", *columns)
+    for kind in found["kinds"]:
+        style = "bold" if kind["linear"] == "all" else None
+        shares = (percent(kind["sparsity"][error], 0) for error in errors)
+        table.add_row(kind["linear"], percent(kind["zeros"]), *shares, style=style)
+    console.print(table)
+    console.print(
+        f"Each linear alone, on inputs of the dense model, {found['sequences']} × {found['seq_len']} tokens of "
+        f"{found['text']}; zeros are inputs that are 0 already. What perplexity says is measured by:",
+        markup=False,
+    )
+    for command in (f"sparsify measure {model}", f"sparsify convert {model} --max-ppl-increase 1% --out DIR"):
+        console.print(command, markup=False, soft_wrap=True)

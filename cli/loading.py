@@ -119,6 +119,13 @@ def pick_device(name: str | None) -> str:
     return name
 
 
+def identify(model: "PreTrainedModel") -> str | None:
+    """Returns the checkpoint_sha256 of the folder that a model was loaded from; None where it is no checkpoint."""
+    from sparsify.manifest import checkpoint_sha256
+
+    return checkpoint_sha256(Path(model.name_or_path)) if model.name_or_path else None
+
+
 def made_from(spec: str) -> str:
     """Returns the MODEL that a converted checkpoint was made from, by its sparsify.yaml; else the spec itself."""
     settings = Path(spec) / "sparsify.yaml"

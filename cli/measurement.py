@@ -42,7 +42,8 @@ def measure(
     with RealisedDensity(model) as counted:
         stage = progress.stage(f"{label}, sparse")
         sparse = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
-    realised = ledger.with_densities(counted.densities())
+    densities = counted.densities()
+    realised = ledger.with_densities(densities)
     return result | {
         "sparse": sparse.to_dict(),
         "perplexity_ratio": sparse.perplexity / baseline.perplexity,
@@ -50,5 +51,6 @@ def measure(
         "weighted_sparsity": ledger.weighted_sparsity,
         "realised_sparsity": realised.weighted_sparsity,
         "realised_model_sparsity": realised.model_sparsity,
+        "realised_densities": densities,
         "touched_bytes_per_token": realised.touched_bytes + realised.rest_bytes,
     }

@@ -64,7 +64,7 @@ def sites_table(kinds: Sequence[dict[str, Any]]) -> Table:
     """Returns the table of describe_sites' kinds."""
     prefix = common_prefix([kind["linear"] for kind in kinds])
     title = f"Linears to convert in {prefix.rstrip('.')}" if prefix else "Linears to convert"
-    table = make_table(title, "linear", "shares its input with", "[out, in]", "count", left=2)
+    table = make_table(title, "linear", "shares its input with", r"\[out, in]", "count", left=2)
     for kind in kinds:
         others = ", ".join(name.rpartition(".")[2] for name in kind["shares_input_with"]) or "-"
         table.add_row(

@@ -5,7 +5,6 @@ batches. Recovery is sparse over dense, or dense over sparse where lower is bett
 chance recover whatever the sparsity. Not covered: several processes, chat templates, tasks that run generated code.
 """
 
-import hashlib
 import json
 import math
 import statistics
@@ -21,7 +20,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evals.lm_eval_tasks import Tasks, split_of
 from sparsify.evals.machine import environment
 from sparsify.ledger import ledger_of
-from sparsify.manifest import MANIFEST
+from sparsify.manifest import checkpoint_sha256
 from sparsify.runtime import dense, sparse_layers
 
 # Of measures that are no means, as perplexities: lm-eval's own 100,000 take minutes.
@@ -189,9 +188,7 @@ def _check_same_requests(samples: dict[str, Any]) -> None:
 
 
 def _checkpoint_hash(model: PreTrainedModel) -> str | None:
-    """Returns the SHA-256 of the checkpoint's manifest, which holds that of every file; None without one."""
-    manifest = Path(model.name_or_path or "") / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    return checkpoint_sha256(Path(model.name_or_path)) if model.name_or_path else None
 
 
 def _number(value: Any) -> float | None:

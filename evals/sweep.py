@@ -49,6 +49,7 @@ class Frontier:
     max_increase: float | None
     knee: float | None
     sparsest_within: float | None
+    model_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,6 +130,7 @@ def sweep(
         max_increase=max_increase,
         knee=knee(points),
         sparsest_within=None if max_increase is None else sparsest_within(points, max_increase),
+        model_sha256=own[0]["key"]["model_sha256"],
     )
 
 

@@ -1,10 +1,13 @@
 """The model card of a converted checkpoint: what it is, how it was made, what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsify.config import SparsifyConfig
+from sparsify.errors import CheckpointError
 from sparsify.ledger import Ledger
+
+_BEGIN, _END = "<!-- sparsify report: begin -->", "<!-- sparsify report: end -->"
 
 
 def render_card(
@@ -52,6 +55,40 @@ def render_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def with_results(card: str, results: Sequence[tuple[str, str]], commands: Sequence[str]) -> str:
+    """Returns the card with a section of (what, value) results and the commands that measure them again.
+
+    The section stands between two comments; the one of an earlier call is replaced, all else stays as it is.
+    """
+    section = [
+        _BEGIN,
+        "## Results",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {_field(what)} | {_field(value)} |" for what, value in results),
+        "",
+        "Measured again by:",
+        "",
+        "```",
+        *(" ".join(command.split()) for command in commands),
+        "```",
+        _END,
+    ]
+    kept, begin, rest = card.partition(_BEGIN)
+    if begin:
+        _, end, after = rest.partition(_END)
+        if not end:
+            raise CheckpointError(f"the card has {_BEGIN!r} and no {_END!r} after it: put it back, or remove both")
+        return kept + "\n".join(section) + after
+    return card.rstrip("\n") + "\n\n" + "\n".join(section) + "\n"
+
+
+def _field(text: str) -> str:
+    """Returns text as one field of a table: no line ends, no bars, no tags."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _weights(config: SparsifyConfig) -> str:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, UnavailableError
 from sparsify.strict import read_json
 
 MANIFEST = "sparsify_manifest.json"
+CARD = "README.md"
 
 
 def write_manifest(folder: Path) -> None:
@@ -44,6 +46,51 @@ def check_manifest(folder: Path) -> list[str]:
         elif name in present and _sha256(present[name]) != digest:
             problems.append(f"{name}: its content was changed (SHA-256 differs)")
     return problems
+
+
+def checkpoint_sha256(folder: Path) -> str | None:
+    """Returns what identifies a checkpoint in results: the SHA-256 of its manifest's entries; None without a manifest.
+
+    The model card is left out: results are written into it, and they stay those of the same model.
+    Raises CheckpointError where the manifest cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    files = read_json(path, error=CheckpointError)
+    entries = files.get("files") if isinstance(files, dict) else None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path} cannot be read: it names no files")
+    kept = {name: entry for name, entry in entries.items() if name != CARD}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def replace_card(folder: Path, text: str) -> Path:
+    """Writes the model card anew and its entry in the manifest; returns the card's path.
+
+    All other entries stay, so a file that was changed is still found. Both files appear by renames, one after the
+    other: a kill between the two leaves a card that `check_manifest` calls changed, until this is run again.
+    Raises CheckpointError where there is no manifest, UnavailableError where the folder cannot be written.
+    """
+    if checkpoint_sha256(folder) is None:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: `sparsify convert` did not write it, or not to its end")
+    manifest = read_json(folder / MANIFEST, error=CheckpointError)
+    data = text.encode()
+    manifest["files"][CARD] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    contents = {CARD: data, MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()}
+    # Hidden, and with the folder's own ending for what is not finished: renamed, or removed, and never left behind.
+    staged = {name: folder / f".{name}.partial" for name in contents}
+    try:
+        for name, path in staged.items():
+            path.write_bytes(contents[name])
+        for name, path in staged.items():
+            os.replace(path, folder / name)
+    except OSError as problem:
+        raise UnavailableError(f"{folder} cannot be written: {problem.strerror}; the card may be unfinished") from None
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+    return folder / CARD
 
 
 def _files(folder: Path) -> list[Path]:

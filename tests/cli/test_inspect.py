@@ -31,6 +31,51 @@ def test_a_dense_model_shows_what_would_be_converted(run: Run, dense_model: Path
     assert "sparsify convert" in result.stdout
 
 
+def test_a_checkpoint_shows_its_key_numbers(run: Run, checkpoint: Path) -> None:
+    data = json.loads(run("inspect", checkpoint, "--format", "json").stdout)
+    errors = [linear["error"] for linear in data["linears"]]
+    assert (data["allocation"], data["rotated"], len(data["checkpoint_sha256"])) == ("uniform", False, 64)
+    words = " ".join(run("inspect", checkpoint).stdout.split())
+    assert f"mean {100 * sum(errors) / len(errors):.1f}%, worst {100 * max(errors):.1f}%" in words
+    assert "Low rank in 14 of 14 linears" in words
+    assert f"sparsify report {checkpoint}" in words
+
+
+def test_a_dense_model_says_how_sparse_it_could_be(run: Run, dense_model: Path) -> None:
+    found = json.loads(run("inspect", dense_model, "--format", "json").stdout)["estimate"]
+    assert [kind["linear"] for kind in found["kinds"]][-2:] == ["mlp.down_proj", "all"]
+    for kind in found["kinds"]:
+        assert 0.0 < kind["sparsity"]["0.01"] < kind["sparsity"]["0.05"] <= 0.9
+    result = run("inspect", dense_model)
+    assert "an estimate by output error" in result.stdout
+    assert f"sparsify measure {dense_model}" in result.stdout
+    assert "--max-ppl-increase" in result.stdout
+    assert "[out, in]" in result.stdout
+    assert "estimate" not in run("inspect", dense_model, "--no-estimate").stdout
+
+
+def test_without_a_tokenizer_the_estimate_says_why(run: Run, dense_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(dense_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    result = run("inspect", folder)
+    assert result.exit_code == 0, result.output
+    assert "No estimate" in result.stdout
+    assert "tokenizer" in result.stdout
+    assert "mlp.gate_proj" in result.stdout
+
+
+def test_activations_are_those_of_a_checkpoint(run: Run, checkpoint: Path, dense_model: Path, text_file: Path) -> None:
+    data = json.loads(run("inspect", checkpoint, "--activations", text_file, "--format", "json").stdout)
+    assert len(data["activations"]) == 14
+    assert (
+        data["checkpoint_sha256"]
+        == json.loads(run("inspect", checkpoint, "--format", "json").stdout)["checkpoint_sha256"]
+    )
+    result = run("inspect", dense_model, "--activations", text_file)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "converted checkpoint" in result.stderr
+
+
 def test_a_sound_checkpoint_is_verified(run: Run, checkpoint: Path) -> None:
     result = run("verify", checkpoint)
     assert (result.exit_code, result.stderr) == (0, "")
