@@ -58,11 +58,16 @@ class CellFile:
         The file is written anew beside itself and renamed: a kill leaves the old one or the new one.
         """
         self._cells[digest(cell["key"])] = cell
-        data = {"schema_version": SCHEMA_VERSION, "cells": self.cells}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         staged = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        staged.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        staged.write_text(_document(self.cells), encoding="utf-8")
         os.replace(staged, self.path)
+
+
+def _document(cells: list[Cell]) -> str:
+    """Returns the file's JSON, a line for each cell: a diff shows which are new."""
+    lines = ",\n".join(json.dumps(cell, separators=(",", ":"), ensure_ascii=False) for cell in cells)
+    return f'{{"schema_version":{SCHEMA_VERSION},"cells":[\n{lines}\n]}}\n'
 
 
 def digest(key: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ def _sparsity(model: PreTrainedModel, realised: RealisedDensity) -> dict[str, An
         "drift": _drift({name: density - entries[name].density for name, density in densities.items()}),
         "linears": [
             {"name": linear.name, "shape": [linear.outputs, linear.inputs]}
-            | asdict(entries[linear.name])
+            | {key: value for key, value in asdict(entries[linear.name]).items() if value is not None}
             | {"realised_density": densities.get(linear.name)}
             for linear in ledger.linears
         ],
