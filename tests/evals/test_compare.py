@@ -133,11 +133,11 @@ def test_a_killed_run_goes_on_where_it_was(subject: Subject, tmp_path: Path, mon
     converted: list[str] = []
     real = compare_cell.convert
 
-    def convert(model: Any, method: Any, calibration: Any, *, allocation: Any) -> Any:
+    def convert(model: Any, method: Any, calibration: Any, **options: Any) -> Any:
         converted.append(method.name)
         if converted == ["teal", "wina"]:
             raise KeyboardInterrupt
-        return real(model, method, calibration, allocation=allocation)
+        return real(model, method, calibration, **options)
 
     monkeypatch.setattr(compare_cell, "convert", convert)
     with pytest.raises(KeyboardInterrupt):
