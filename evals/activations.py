@@ -63,6 +63,11 @@ def collect_activations(model: PreTrainedModel, windows: Windows, progress: Prog
         raise SparsifyError("activations are those of a converted checkpoint: convert the model first")
     config = model.config.quantization_config
     assert isinstance(config, SparsifyConfig)
+    if config.neurons is not None and config.neurons.cut == "prompt-top-k":
+        raise SparsifyError(
+            f"prompts choose the neurons of {config.method}, and whole windows are no prompts: its activations are not "
+            "collected; `sparsify eval --protocol decode` measures its realised sparsity"
+        )
     counts = {name: _Counts(windows.seq_len) for name in layers}
     fixed = {
         name: float(layer.threshold)

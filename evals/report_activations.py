@@ -36,7 +36,8 @@ def _energy(subject: Subject) -> list[Grid]:
     """Returns the ranks that hold 50, 90 and 99% of ‖W‖², where the conversion looked at singular values."""
     kinds: dict[str, list[tuple[list[int], int, int]]] = {}
     shapes = {linear.name: min(linear.outputs, linear.inputs) for linear in subject.ledger.linears}
-    for name, entry in subject.config.linears.items():
+    for name in shapes:
+        entry = subject.config.linears[name]
         if entry.energy_ranks is not None:
             kinds.setdefault(place(name)[1], []).append((entry.energy_ranks, shapes[name], entry.rank))
     rows = [

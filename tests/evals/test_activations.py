@@ -86,8 +86,15 @@ def test_singular_values_are_those_of_the_middle_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "said"), [(None, "convert"), (sparsify.Griffin(0.3), "prefill")], ids=["dense", "griffin"]
+    ("method", "said"), [(None, "convert"), (sparsify.Griffin(0.3), "prompts choose")], ids=["dense", "griffin"]
 )
 def test_without_sparse_tokens_there_is_nothing_to_collect(method: Any, said: str) -> None:
     with pytest.raises(SparsifyError, match=said):
         collect_activations(_model(method), _WINDOWS)
+
+
+def test_a_dense_prefill_has_nothing_to_collect() -> None:
+    model = _model(sparsify.Teal(0.5))
+    sparsify.set_prefill(model, "dense")
+    with pytest.raises(SparsifyError, match="prefill is dense"):
+        collect_activations(model, _WINDOWS)
