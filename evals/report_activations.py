@@ -75,6 +75,8 @@ def _histograms(data: dict[str, Any], painter: Painter) -> Picture:
             axes.set_ylabel("% of channels")
             axes.legend(frameon=False, fontsize=7, loc="upper left")
             axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels[max(0, len(kinds) - columns) : len(kinds)]:
+            axes.tick_params(labelbottom=True)
         for axes in panels[len(kinds) :]:
             axes.set_axis_off()
         figure.supxlabel("log10 of score / threshold (red line: the threshold; right of it is kept)", fontsize=9)

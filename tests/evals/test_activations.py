@@ -12,7 +12,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evals.activations import BINS, HIGH, LOW, collect_activations
 from sparsify.evals.realised import RealisedDensity
 from sparsify.ledger import ledger_of
-from sparsify.runtime import sparse_layers
+from sparsify.runtime import sparse_layers, switch_of
 from sparsify.text import Windows
 
 _WINDOWS = Windows(
@@ -93,8 +93,9 @@ def test_without_sparse_tokens_there_is_nothing_to_collect(method: Any, said: st
         collect_activations(_model(method), _WINDOWS)
 
 
-def test_a_dense_prefill_has_nothing_to_collect() -> None:
+def test_every_token_runs_sparse_whatever_the_prefill() -> None:
     model = _model(sparsify.Teal(0.5))
+    expected = collect_activations(model, _WINDOWS)
     sparsify.set_prefill(model, "dense")
-    with pytest.raises(SparsifyError, match="prefill is dense"):
-        collect_activations(model, _WINDOWS)
+    assert collect_activations(model, _WINDOWS) == expected
+    assert switch_of(model).prefill == "dense"
