@@ -18,7 +18,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evals.report_text import place
 from sparsify.kernels.reference import scores
 from sparsify.ledger import ledger_of
-from sparsify.runtime import sparse_layers
+from sparsify.runtime import sparse_layers, with_prefill
 from sparsify.text import Windows
 
 # log10 of score / threshold; what is outside is counted in the bin at the end.
@@ -56,13 +56,19 @@ class _Counts:
 def collect_activations(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> dict[str, Any]:
     """Returns densities, histograms, sparsity by position [S] and singular values of a converted model.
 
-    Raises SparsifyError for a dense model, and where no token ran sparse (dense prefill).
+    Every token runs sparse, whatever prefill the model is set to. Raises SparsifyError for a dense model, and for one
+    whose neurons are chosen by prompts.
     """
     layers = sparse_layers(model)
     if not layers:
         raise SparsifyError("activations are those of a converted checkpoint: convert the model first")
     config = model.config.quantization_config
     assert isinstance(config, SparsifyConfig)
+    if config.neurons is not None and config.neurons.cut == "prompt-top-k":
+        raise SparsifyError(
+            f"prompts choose the neurons of {config.method}, and whole windows are no prompts: its activations are not "
+            "collected; `sparsify eval --protocol decode` measures its realised sparsity"
+        )
     counts = {name: _Counts(windows.seq_len) for name in layers}
     fixed = {
         name: float(layer.threshold)
@@ -78,13 +84,9 @@ def collect_activations(model: PreTrainedModel, windows: Windows, progress: Prog
         if name in fixed:
             counts[name].add_scores(scores(x, layer.scale), fixed[name])
 
-    with hooked(dict(layers), see):
+    # Whole windows, every token sparse, as in the protocol every-token.
+    with with_prefill(model, "sparse"), hooked(dict(layers), see):
         run_batches(model, windows.tokens, "activations", progress)
-    if not any(found.all for found in counts.values()):
-        raise SparsifyError(
-            f"no token of {windows.name} ran sparse: this checkpoint's prefill is dense; its activations are not "
-            "collected from whole windows"
-        )
     ledger = ledger_of(model)
     return {
         "text": windows.name,

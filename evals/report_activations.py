@@ -36,7 +36,8 @@ def _energy(subject: Subject) -> list[Grid]:
     """Returns the ranks that hold 50, 90 and 99% of ‖W‖², where the conversion looked at singular values."""
     kinds: dict[str, list[tuple[list[int], int, int]]] = {}
     shapes = {linear.name: min(linear.outputs, linear.inputs) for linear in subject.ledger.linears}
-    for name, entry in subject.config.linears.items():
+    for name in shapes:
+        entry = subject.config.linears[name]
         if entry.energy_ranks is not None:
             kinds.setdefault(place(name)[1], []).append((entry.energy_ranks, shapes[name], entry.rank))
     rows = [
@@ -74,6 +75,8 @@ def _histograms(data: dict[str, Any], painter: Painter) -> Picture:
             axes.set_ylabel("% of channels")
             axes.legend(frameon=False, fontsize=7, loc="upper left")
             axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels[max(0, len(kinds) - columns) : len(kinds)]:
+            axes.tick_params(labelbottom=True)
         for axes in panels[len(kinds) :]:
             axes.set_axis_off()
         figure.supxlabel("log10 of score / threshold (red line: the threshold; right of it is kept)", fontsize=9)

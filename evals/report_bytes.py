@@ -11,6 +11,7 @@ from sparsify.ledger import Ledger, LinearBytes
 
 # Beyond this many layers numbers in the fields would be too small: the colour bar says them.
 _LABELLED = 48
+_COLOURS = 64
 
 
 def bytes_part(subject: Subject, results: Results, painter: Painter) -> Part:
@@ -134,12 +135,20 @@ def _heatmap(
         grid[len(layers) if layer is None else layers.index(layer)][kinds.index(kind)] = values[linear]
 
     def paint(figure: Any) -> None:
+        from matplotlib import colormaps
+
         axes = figure.subplots()
         # From 0, so that a map that is flat is one colour, and not noise blown up to the whole range.
         high = top or max(values.values()) or 1.0
         # As paths: pictures in a picture would not load.
         image = axes.pcolormesh(
-            grid, cmap="viridis", vmin=0.0, vmax=high, edgecolors="white", linewidth=0.5, rasterized=False
+            grid,
+            cmap=colormaps["viridis"].resampled(_COLOURS),
+            vmin=0.0,
+            vmax=high,
+            edgecolors="white",
+            linewidth=0.5,
+            rasterized=False,
         )
         axes.invert_yaxis()
         axes.set_xticks([x + 0.5 for x in range(len(kinds))], kinds, rotation=90)
@@ -156,7 +165,7 @@ def _heatmap(
                         )
         axes.set_title(title, fontsize=9, loc="left")
         bar = figure.colorbar(image, ax=axes)
-        bar.solids.set_rasterized(False)
+        bar.solids.set(rasterized=False, edgecolor="face")
 
     low, high = min(values, key=lambda n: values[n]), max(values, key=lambda n: values[n])
     said = f"from {form.format(values[low])} ({low}) to {form.format(values[high])} ({high})"

@@ -109,12 +109,13 @@ def _speed(data: dict[str, Any]) -> Iterator[tuple[_Line, str]]:
 
 def _ppl_p(data: dict[str, Any], source: str) -> Iterator[tuple[_Line, str]]:
     settings = data["settings"]
-    name = Path(source).name
-    for point in data["points"]:
-        if point["p"] is not None:
-            command = (
-                f"sparsify measure {name} --ppl-p {100 * point['p']:g}% --rule {point['rule']} --scope {data['scope']} "
-                f"--seq-len {settings['seq_len']} --limit {settings['limit']}"
-            )
-            what = f"{data['metric']} of the dense model, p = {100 * point['p']:g}%, rule {point['rule']}"
-            yield (what, share(point["sparsity"], 2)), command
+    points = [point for point in data["points"] if point["p"] is not None]
+    tolerances = ",".join(dict.fromkeys(f"{100 * point['p']:g}%" for point in points))
+    rules = ",".join(dict.fromkeys(point["rule"] for point in points))
+    command = (
+        f"sparsify measure {Path(source).name} --ppl-p {tolerances} --rule {rules} --scope {data['scope']} --text "
+        f"{data['dense']['text']} --seq-len {settings['seq_len']} --limit {settings['limit']}"
+    )
+    for point in points:
+        what = f"{data['metric']} of the dense model, p = {100 * point['p']:g}%, rule {point['rule']}"
+        yield (what, share(point["sparsity"], 2)), command

@@ -12,7 +12,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evals.activations import BINS, HIGH, LOW, collect_activations
 from sparsify.evals.realised import RealisedDensity
 from sparsify.ledger import ledger_of
-from sparsify.runtime import sparse_layers
+from sparsify.runtime import sparse_layers, switch_of
 from sparsify.text import Windows
 
 _WINDOWS = Windows(
@@ -86,8 +86,16 @@ def test_singular_values_are_those_of_the_middle_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "said"), [(None, "convert"), (sparsify.Griffin(0.3), "prefill")], ids=["dense", "griffin"]
+    ("method", "said"), [(None, "convert"), (sparsify.Griffin(0.3), "prompts choose")], ids=["dense", "griffin"]
 )
 def test_without_sparse_tokens_there_is_nothing_to_collect(method: Any, said: str) -> None:
     with pytest.raises(SparsifyError, match=said):
         collect_activations(_model(method), _WINDOWS)
+
+
+def test_every_token_runs_sparse_whatever_the_prefill() -> None:
+    model = _model(sparsify.Teal(0.5))
+    expected = collect_activations(model, _WINDOWS)
+    sparsify.set_prefill(model, "dense")
+    assert collect_activations(model, _WINDOWS) == expected
+    assert switch_of(model).prefill == "dense"
