@@ -24,6 +24,7 @@ _PROMPT, _STEPS = 8, 3
 _METHODS: dict[str, Callable[[], Any]] = {
     "dense": lambda: None,
     "teal": lambda: sparsify.Teal(sparsity=0.5),
+    "teal-compensated": lambda: sparsify.Teal(sparsity=0.5, compensate=True),
     "wina": lambda: sparsify.Wina(sparsity=0.5),
     "rsparse": lambda: sparsify.RSparse(sparsity=0.5, rho=0.8),
 }
