@@ -52,7 +52,7 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEVELOPMENT): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval,report]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,eval,report,train]'
 	@touch $@ $(RUNTIME)
 
 # Where it cannot be made, a line says why and the work goes on without it: never with one of older sources.

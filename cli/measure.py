@@ -180,10 +180,10 @@ def _measure(
     batch_size: int,
     progress: Progress,
 ) -> "tuple[dict[str, Any], PplP]":
-    from sparsify.evals.compare import weights_sha256
     from sparsify.evals.machine import environment
     from sparsify.evals.neurons import real_tokens
     from sparsify.evals.ppl_p import measure_ppl_p
+    from sparsify.fingerprint import weights_sha256
 
     measured = measure_ppl_p(
         model, windows, p=tolerances, cett_windows=cett_windows, rules=rules, scope=scope, batch_size=batch_size,

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.errors import SparsifyError
+from sparsify.whole_file import write_whole
 
 
 class Format(StrEnum):
@@ -59,7 +59,7 @@ class Output:
         """Writes the result: the file of --save, and stdout as JSON or by render."""
         text = json.dumps(result, indent=2, default=_jsonable, ensure_ascii=False, allow_nan=True)
         if self.save is not None:
-            _write_whole(self.save, text + "\n")
+            write_whole(self.save, text + "\n")
         if self.format is Format.json:
             sys.stdout.write(text + "\n")
         else:
@@ -130,20 +130,3 @@ def _jsonable(value: object) -> object:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} in a result is not JSON")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that a kill leaves the old file or the new one."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-    ) as staged:
-        try:
-            staged.write(text)
-            staged.flush()
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(staged.name, 0o666 & ~umask)
-            os.replace(staged.name, path)
-        except BaseException:
-            Path(staged.name).unlink(missing_ok=True)
-            raise

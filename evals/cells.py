@@ -5,11 +5,11 @@ Not covered: two processes writing one file.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import SparsifyError
+from sparsify.whole_file import write_whole
 
 Cell = dict[str, Any]
 
@@ -53,15 +53,10 @@ class CellFile:
         return self._cells.get(digest(key))
 
     def put(self, cell: Cell) -> None:
-        """Adds a cell, or replaces the one with its key.
-
-        The file is written anew beside itself and renamed: a kill leaves the old one or the new one.
-        """
+        """Adds a cell, or replaces the one with its key: a kill leaves the old file or the new one."""
         self._cells[digest(cell["key"])] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        staged.write_text(_document(self.cells), encoding="utf-8")
-        os.replace(staged, self.path)
+        write_whole(self.path, _document(self.cells))
 
 
 def _document(cells: list[Cell]) -> str:

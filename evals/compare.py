@@ -19,10 +19,10 @@ from sparsify.errors import SparsifyError
 from sparsify.evals.cells import Cell, CellFile, read_cells
 from sparsify.evals.compare_cell import DENSE, measured
 from sparsify.evals.compare_labels import parse_allocation, parse_method, parse_rotate
-from sparsify.evals.compare_subject import LoadedSubject, Settings, Subject, load_subject, weights_sha256
+from sparsify.evals.compare_subject import LoadedSubject, Settings, Subject, load_subject
 from sparsify.evals.perplexity import check_protocol
 
-__all__ = ["Settings", "Subject", "parse_allocation", "parse_method", "read_cells", "run", "weights_sha256"]
+__all__ = ["Settings", "Subject", "parse_allocation", "parse_method", "read_cells", "run"]
 
 METHODS = ("teal", "wina", "rsparse", "auto")
 SPARSITIES = (0.25, 0.4, 0.5, 0.6, 0.7)

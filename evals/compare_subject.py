@@ -1,15 +1,14 @@
 """What a comparison is about: a model with its two texts, and the settings that all of its cells share."""
 
 import gc
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from sparsify.calibration import Calibration
 from sparsify.evals.generation_check import Continuations, GenerationSettings, continue_greedily, cut_prompts
+from sparsify.fingerprint import weights_sha256
 from sparsify.models import load_dense, load_tokenizer
 from sparsify.runtime import dense
 from sparsify.text import Windows, read_text, windows
@@ -94,12 +93,3 @@ def load_subject(subject: Subject, settings: Settings, seeds: int) -> LoadedSubj
         settings.generation.check(model, evaluation)
     loaded.model_sha256 = weights_sha256(model)
     return loaded
-
-
-def weights_sha256(model: PreTrainedModel) -> str:
-    """Returns the SHA-256 of the model's parameters and buffers: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -9,7 +9,6 @@ and is valid at any moment; a launch that was finished is not searched again. No
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -41,6 +40,7 @@ from sparsify.evals.tile_search import (
     search,
 )
 from sparsify.kernels.gpu.tiles import RULES, Table, Tile, file_name, read_table, table_document
+from sparsify.whole_file import write_whole
 
 # Of the time: one token, and the comparison of forms, which is about one token, come first.
 _WEIGHT_OF_ONE_TOKEN, _WEIGHT = 4.0, 1.0
@@ -117,9 +117,7 @@ class Tuning:
         self.write()
 
     def write(self) -> None:
-        staged = self.path.with_name(f".{self.path.name}.tmp")
-        staged.write_text(json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(staged, self.path)
+        write_whole(self.path, json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n")
 
 
 def tune(

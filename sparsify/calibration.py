@@ -81,6 +81,22 @@ class Calibration:
         }
 
 
+class ShuffledWindows:
+    """Windows [N, S] in random order, as many at once as are asked for: each is drawn once before any is again."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+        self._generator = torch.Generator().manual_seed(0)
+        self._queue: list[int] = []
+
+    def next(self, count: int) -> Tensor:
+        """Returns the next windows [count, S]."""
+        while len(self._queue) < count:
+            self._queue += torch.randperm(len(self._tokens), generator=self._generator).tolist()
+        chosen, self._queue = self._queue[:count], self._queue[count:]
+        return self._tokens[chosen]
+
+
 class ScoreHistogram:
     """A streamed histogram of non-negative scores, and its quantiles."""
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sparsify.allocation import Choices
 from sparsify.budget import LinearShape, uncompensated
-from sparsify.calibration import Calibration, Progress, hooked, run_batches
+from sparsify.calibration import Calibration, Progress, ShuffledWindows, hooked, run_batches
 from sparsify.fitting import Fit, best, measure_errors
 from sparsify.trial import TargetLinear, Trial, dense_log_probabilities, evaluating, input_gradients, kl_divergence
 
@@ -146,8 +146,7 @@ class _Learner:
             if trial.placed[name].candidate.compensated
         }
         self.sizes = self._output_sizes()
-        self.generator = torch.Generator().manual_seed(0)
-        self.queue: list[int] = []
+        self.windows = ShuffledWindows(tokens)
 
     def run(self, progress: Progress | None) -> Learned:
         before = {name: placed.compensation for name, placed in self.trial.placed.items()}
@@ -184,10 +183,7 @@ class _Learner:
         return Learned(found, start, best)
 
     def _step(self, optimiser: torch.optim.Optimizer) -> None:
-        while len(self.queue) < _BATCH:
-            self.queue += torch.randperm(len(self.tokens), generator=self.generator).tolist()
-        chosen, self.queue = self.queue[:_BATCH], self.queue[_BATCH:]
-        tokens = self.tokens[chosen].to(self.device)
+        tokens = self.windows.next(_BATCH).to(self.device)
         dense = dense_log_probabilities(self.trial.model, tokens)
         optimiser.zero_grad()
         with torch.enable_grad():

@@ -14,6 +14,7 @@ from sparsify.kernels.reference import BACKEND, keep_mask, masked_linear
 from sparsify.linear import SparseConv1D, SparseLayer, SparseLinear, make_sparse
 from sparsify.neuron_cut import Mlp, NeuronCuts, is_activation, zero_at_zero
 from sparsify.prompt_choice import PromptChoices, follow_prompts
+from sparsify.token_cut import k_problem
 
 
 class _NeuronLayer(SparseLayer):
@@ -100,12 +101,7 @@ class _PromptLayer(_NeuronLayer):
         return self.choices.keep(self.mlp.down, x.shape[:-1], self.threshold)
 
     def threshold_problem(self, value: float) -> str | None:
-        neurons = self.mlp.neurons
-        if not (value.is_integer() and 1 <= value <= neurons):
-            return f"holds k = {value:g}, it must be an integer in [1, {neurons}]"
-        if self.density is not None and round(self.density * neurons) != value:
-            return f"holds k = {value:g} of {neurons}, its configuration has the density {self.density:g}"
-        return None
+        return k_problem(value, self.mlp.neurons, self.density)
 
 
 class _PromptDown(_PromptLayer):

@@ -145,11 +145,12 @@ def add_sparse_layers(model: nn.Module, config: SparsifyConfig) -> None:
     if config.neurons is not None:
         place_neuron_layers(model, config.neurons)
     rotations = {name: entry.rotation for name, entry in config.linears.items() if entry.rotation is not None}
+    layers = sparse_layers(model)
     for name, owner in rotations.items():
-        widths = [sparse_layers(model)[n].sparse_in for n in (name, owner)]
+        widths = [layers[n].sparse_in for n in (name, owner)]
         if widths[0] != widths[1]:
             raise CheckpointError(f"quantization_config turns {name} of {widths[0]} inputs as {owner} of {widths[1]}")
-    link_rotations(sparse_layers(model), rotations)
+    link_rotations(layers, rotations)
 
 
 # Importing this module first imports the table of quantizers, whose hook finds it half-imported and leaves it to this.

@@ -1,7 +1,6 @@
 """The state file of a search: written whole after each generation, and read again only by the very same search."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.strict import from_mapping, read_json
+from sparsify.whole_file import write_whole
 
 SCHEMA_VERSION = 1
 
@@ -61,10 +61,7 @@ def read_state(path: Path, fingerprint: Mapping[str, Any]) -> SearchState | None
 
 def write_state(path: Path, state: SearchState) -> None:
     """Writes the file anew beside itself and renames it: a kill leaves the old or the new one."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        staged.write_text(json.dumps({"schema_version": SCHEMA_VERSION} | asdict(state)) + "\n", encoding="utf-8")
-        os.replace(staged, path)
+        write_whole(path, json.dumps({"schema_version": SCHEMA_VERSION} | asdict(state)) + "\n")
     except OSError as problem:
-        staged.unlink(missing_ok=True)
         raise UnavailableError(f"the state file {path} cannot be written: {problem.strerror}") from None

@@ -26,6 +26,15 @@ def top_k_mask(score: Tensor, k: Tensor) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))
 
 
+def k_problem(value: float, of: int, density: float | None) -> str | None:
+    """Returns what is wrong with a k read from a file, in one line; None where nothing is."""
+    if not (value.is_integer() and 1 <= value <= of):
+        return f"holds k = {value:g}, it must be an integer in [1, {of}]"
+    if density is not None and round(density * of) != value:
+        return f"holds k = {value:g} of {of}, its configuration has the density {density:g}"
+    return None
+
+
 def mean_std_mask(score: Tensor, z: Tensor) -> Tensor:
     """Returns score > mean + z·std of each row, bool; std is the population's, as in Gemma 3n's released code.
 

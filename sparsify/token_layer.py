@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import BACKEND, masked_linear, scores
 from sparsify.linear import SparseConv1D, SparseLayer, SparseLinear, SparsitySwitch, make_sparse
-from sparsify.token_cut import TokenCut, mean_std_mask, top_k_mask
+from sparsify.token_cut import TokenCut, k_problem, mean_std_mask, top_k_mask
 
 
 class _TokenCutLayer(SparseLayer):
@@ -37,11 +37,7 @@ class _TopK(_TokenCutLayer):
         return top_k_mask(scores(x, self.scale), self.threshold)
 
     def threshold_problem(self, value: float) -> str | None:
-        if not (value.is_integer() and 1 <= value <= self.sparse_in):
-            return f"holds k = {value:g}, it must be an integer in [1, {self.sparse_in}]"
-        if self.density is not None and round(self.density * self.sparse_in) != value:
-            return f"holds k = {value:g} of {self.sparse_in}, its configuration has the density {self.density:g}"
-        return None
+        return k_problem(value, self.sparse_in, self.density)
 
 
 class _RotatedTopK(_TopK):

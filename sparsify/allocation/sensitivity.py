@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, fill_budget
+from sparsify.calibration import ShuffledWindows
 from sparsify.errors import SparsifyError
 from sparsify.trial import Call, Trial, dense_log_probabilities, evaluating, input_gradients, kl_divergence
 
@@ -101,8 +102,7 @@ class _Search:
         self.kinds = {name: problem.offers(name, uniform)[0] for name in problem.shapes}
         self.values = {name: _Value() for name in problem.shapes}
         self.trial = Trial(problem.model, problem.linears)
-        self.generator = torch.Generator().manual_seed(0)
-        self.queue: list[int] = []
+        self.windows = ShuffledWindows(problem.calibration.tokens)
 
     def fill(self, wishes: Mapping[str, float]) -> None:
         problem = self.problem
@@ -173,7 +173,7 @@ class _Search:
 
     def _measure(self, observe: Callable[[str, Call], Callable[[Tensor], None]]) -> None:
         """Runs the candidates of now, forward and backward, on the next windows."""
-        tokens = self._next_windows()
+        tokens = self.windows.next(self.batch).to(self.problem.model.device)
         self.trial.place(self.candidates())
         self.trial.observer = observe
         with self.trial.calibrating():
@@ -186,13 +186,6 @@ class _Search:
                     "measured: check the model in this dtype, or load it in another (--dtype)"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
-
-    def _next_windows(self) -> Tensor:
-        tokens = self.problem.calibration.tokens
-        while len(self.queue) < self.batch:
-            self.queue += torch.randperm(len(tokens), generator=self.generator).tolist()
-        chosen, self.queue = self.queue[: self.batch], self.queue[self.batch :]
-        return tokens[chosen].to(self.problem.model.device)
 
 
 def _dropped(x: Tensor, scale: Tensor | None, candidate: Candidate) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
-from sparsify.budget import Candidate, LinearShape
+from sparsify.budget import Candidate, LinearShape, Score, check_flag, check_share, split_budget
 from sparsify.errors import SparsifyError, suggest
 from sparsify.neuron_cut import NeuronCut
 
@@ -52,6 +52,38 @@ class NeuronMethod(Protocol):
 
 
 AnyMethod = Method | NeuronMethod
+
+
+@dataclass(frozen=True)
+class ChannelMethod:
+    """A method that keeps channels by one score, all of each linear's budget in them, the same share in every linear.
+
+    sparsity: share of each linear's weight bytes that a token does not touch, on average. compensate: give the mean of
+    what is dropped back as a bias (docs/allocation.md). A method is a subclass with its name and its score.
+    """
+
+    sparsity: float
+    compensate: bool = False
+
+    name: ClassVar[str]
+    score: ClassVar[Score] = "magnitude"
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity, one_allowed=False)
+        check_flag("compensate", self.compensate)
+
+    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
+        return self
+
+    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
+        split = split_budget(
+            name, shape, sparsity=self.sparsity, rho=1.0, score=self.score, compensated=self.compensate
+        )
+        return (self.cut(name, shape, split),)
+
+    def cut(self, name: str, shape: LinearShape, split: Candidate) -> Candidate:
+        """Returns the candidate with the method's own cut; here the fixed threshold that the split stands for."""
+        return split
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ Here every linear's input is cut, without training, at equal bytes, and z is the
 calibration text: magnitudes are not normal. Not covered: the paper's soft threshold, which subtracts the cutoff.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import replace
 
-from sparsify.budget import Candidate, LinearShape, check_flag, check_share, split_budget
-from sparsify.methods import Facts
+from sparsify.budget import Candidate, LinearShape
+from sparsify.methods import ChannelMethod, Facts
 
 SUMMARY = "input magnitude above the token's own mean + z·std, z from calibration"
 PAPER = "Spark Transformer, You et al. 2025, arXiv 2506.06644"
@@ -23,32 +21,13 @@ FACTS = Facts(
 )
 
 
-@dataclass(frozen=True)
-class StatisticalTopK:
-    """Statistical top-k at one sparsity (share of each linear's weight bytes that tokens do not touch on average).
+class StatisticalTopK(ChannelMethod):
+    """Statistical top-k at one sparsity."""
 
-    compensate: give the mean of what is dropped back as a bias (docs/allocation.md).
-    """
+    name = "statistical-topk"
 
-    sparsity: float
-    compensate: bool = False
-
-    def __post_init__(self) -> None:
-        check_share("sparsity", self.sparsity, one_allowed=False)
-        check_flag("compensate", self.compensate)
-
-    @property
-    def name(self) -> str:
-        return "statistical-topk"
-
-    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
-        return self
-
-    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        split = split_budget(
-            name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
-        )
-        return (split if split.density == 1.0 else replace(split, cut="mean-std"),)
+    def cut(self, name: str, shape: LinearShape, split: Candidate) -> Candidate:
+        return split if split.density == 1.0 else replace(split, cut="mean-std")
 
 
 METHOD = StatisticalTopK

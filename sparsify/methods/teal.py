@@ -3,12 +3,7 @@
 The paper's greedy allocation over a block's linears is sparsify/allocation/greedy.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
-
-from sparsify.budget import Candidate, LinearShape, check_flag, check_share, split_budget
-from sparsify.methods import Facts
+from sparsify.methods import ChannelMethod, Facts
 
 SUMMARY = "input magnitude against a calibrated threshold, the same sparsity in every linear"
 PAPER = "Liu et al. 2024, arXiv 2408.14690"
@@ -21,32 +16,10 @@ FACTS = Facts(
 )
 
 
-@dataclass(frozen=True)
-class Teal:
-    """TEAL at one sparsity (share of each linear's weight bytes that a token does not touch).
+class Teal(ChannelMethod):
+    """TEAL at one sparsity."""
 
-    compensate: give the mean of what is dropped back as a bias (docs/allocation.md).
-    """
-
-    sparsity: float
-    compensate: bool = False
-
-    def __post_init__(self) -> None:
-        check_share("sparsity", self.sparsity, one_allowed=False)
-        check_flag("compensate", self.compensate)
-
-    @property
-    def name(self) -> str:
-        return "teal"
-
-    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
-        return self
-
-    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        split = split_budget(
-            name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
-        )
-        return (split,)
+    name = "teal"
 
 
 METHOD = Teal

@@ -5,13 +5,11 @@ cut, without training, at equal bytes: k is the number of channels that a linear
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import replace
 
-from sparsify.budget import Candidate, LinearShape, check_flag, check_share, split_budget
+from sparsify.budget import Candidate, LinearShape
 from sparsify.errors import SparsifyError
-from sparsify.methods import Facts
+from sparsify.methods import ChannelMethod, Facts
 
 SUMMARY = "exactly the k largest input magnitudes of each token, the same share in every linear"
 PAPER = "Lazy Neuron, Li et al. 2023, arXiv 2210.06313"
@@ -24,32 +22,13 @@ FACTS = Facts(
 )
 
 
-@dataclass(frozen=True)
-class TopK:
-    """Top-k at one sparsity (share of each linear's weight bytes that a token does not touch).
+class TopK(ChannelMethod):
+    """Top-k at one sparsity."""
 
-    compensate: give the mean of what is dropped back as a bias (docs/allocation.md).
-    """
+    name = "topk"
 
-    sparsity: float
-    compensate: bool = False
-
-    def __post_init__(self) -> None:
-        check_share("sparsity", self.sparsity, one_allowed=False)
-        check_flag("compensate", self.compensate)
-
-    @property
-    def name(self) -> str:
-        return "topk"
-
-    def bind(self, shapes: Mapping[str, LinearShape]) -> Self:
-        return self
-
-    def candidates(self, name: str, shape: LinearShape) -> tuple[Candidate, ...]:
-        split = split_budget(
-            name, shape, sparsity=self.sparsity, rho=1.0, score="magnitude", compensated=self.compensate
-        )
-        return (whole_channels(name, shape, split),)
+    def cut(self, name: str, shape: LinearShape, split: Candidate) -> Candidate:
+        return whole_channels(name, shape, split)
 
 
 def whole_channels(name: str, shape: LinearShape, split: Candidate) -> Candidate:
