@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError, UnavailableError
 from sparsify.ledger import Ledger, ledger_of
 from sparsify.manifest import check_manifest, write_manifest
+from sparsify.model_config import check_implementations, check_model_config
 from sparsify.models import hub_errors, load_dense, parse_dtype, quiet, to_device
 from sparsify.plugin import add_sparse_layers, register
-from sparsify.preflight import check_files, check_index
+from sparsify.preflight import check_files, check_folder, check_index, read_headers
 from sparsify.runtime import set_prefill, sparse_layers, switch_of
-from sparsify.strict import read_json
+from sparsify.strict import JSON_BYTES, read_json
 
 LEDGER = "sparsify_ledger.json"
 SETTINGS = "sparsify.yaml"
@@ -83,14 +85,16 @@ def load(
     from_pretrained. Raises CheckpointError for a folder that is not a sound checkpoint, before weights are read.
     """
     folder = Path(folder)
-    read_config(folder)
-    check_index(folder)
-    if dense:
-        return load_dense(str(folder), dtype=dtype, device=device)
-    register()
+    check_before_loading(folder)
+    # Said explicitly: without it transformers asks at the terminal.
+    trust = bool(options.pop("trust_remote_code", False))
     wanted = parse_dtype(dtype)
-    with hub_errors(str(folder), str(folder)), quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **options)
+    register()
+    with _as_checkpoint_errors():
+        if dense:
+            return load_dense(str(folder), dtype=dtype, device=device, trust_remote_code=trust)
+        with hub_errors(str(folder), str(folder)), quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, trust_remote_code=trust, **options)
     model = to_device(model, device)
     for layer in sparse_layers(model).values() if backend is not None else ():
         layer.bind(backend)
@@ -100,10 +104,23 @@ def load(
     return loaded
 
 
+def check_before_loading(folder: str | Path) -> None:
+    """Checks what can be checked from names, config.json and the index, before anything else of the folder is read.
+
+    Raises CheckpointError for a folder with links out of it, pipes, devices or an adapter; for a config.json that is no
+    sound checkpoint's or asks for impossible sizes; for an index that is not of files inside the folder; and for
+    headers that lie.
+    """
+    folder = Path(folder)
+    read_config(folder)
+    check_folder(folder)
+    read_headers(check_index(folder))
+
+
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether the folder's config.json says that sparsify wrote it."""
     try:
-        config = read_json(Path(folder) / "config.json")
+        config = read_json(Path(folder) / "config.json", most=JSON_BYTES)
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (SparsifyError, LookupError, TypeError):
         return False
@@ -115,9 +132,11 @@ def read_config(folder: str | Path) -> SparsifyConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
-    config = read_json(path, error=CheckpointError)
+    config = read_json(path, error=CheckpointError, most=JSON_BYTES)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} cannot be read: it holds a {type(config).__name__}, not a mapping")
+    check_model_config(config)
+    check_implementations(config)
     section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not a sparsify checkpoint: convert it first with `sparsify convert`")
@@ -130,7 +149,7 @@ def read_ledger(folder: str | Path) -> Ledger:
     path = Path(folder) / LEDGER
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {LEDGER}: it was not written by `sparsify convert`")
-    return Ledger.from_dict(read_json(path, error=CheckpointError))
+    return Ledger.from_dict(read_json(path, error=CheckpointError, most=JSON_BYTES))
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -161,13 +180,26 @@ def check_output(out: Path) -> None:
 
 def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
     files = check_index(folder)
-    with hub_errors(str(folder), str(folder)):
-        skeleton = AutoConfig.from_pretrained(folder)
+    with _as_checkpoint_errors(), hub_errors(str(folder), str(folder)):
+        skeleton = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         del skeleton.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(skeleton)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                skeleton, trust_remote_code=False
+            )
     add_sparse_layers(model, config)
     check_files([str(file) for file in files], model)
+
+
+@contextmanager
+def _as_checkpoint_errors() -> Iterator[None]:
+    """What transformers says of a folder that is a checkpoint is the checkpoint's fault, not the caller's."""
+    try:
+        yield
+    except SparsifyError as problem:
+        if type(problem) is SparsifyError:
+            raise CheckpointError(str(problem)) from problem
+        raise
 
 
 def _source(model: PreTrainedModel) -> str:

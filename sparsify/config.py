@@ -16,6 +16,8 @@ from sparsify.token_cut import TokenCut
 
 QUANT_METHOD = "sparsify"
 SCHEMA_VERSION = 1
+# Seven in each of 1,024 blocks, and some.
+_MOST_LINEARS = 10_000
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class SparsifyConfig(QuantizationConfigMixin):
                 "convert the model again, or install the sparsify that wrote it"
             )
         raw = from_mapping(_Schema, config_dict, where=where, error=CheckpointError)
+        if len(raw.linears) > _MOST_LINEARS:
+            raise CheckpointError(f"{where}: it names {len(raw.linears):,} linears, {_MOST_LINEARS:,} at most are read")
         if raw.prefill not in get_args(Prefill):
             raise CheckpointError(f"{where}: prefill is {raw.prefill!r}, allowed are {', '.join(get_args(Prefill))}")
         sparsity = raw.method_config.get("sparsity", math.nan)

@@ -11,15 +11,24 @@ class SparsifyError(ValueError):
 
 
 class CheckpointError(SparsifyError):
-    """A checkpoint that is missing something, was changed, or is not one of ours."""
+    """A checkpoint that is missing something, was changed, or is not one of ours; its message is made one_line."""
 
     exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UnavailableError(SparsifyError):
     """The machine, not the input: no hub, no room on the disk, a package that is not installed."""
 
     exit_code = 4
+
+
+def one_line(text: str, most: int = 800) -> str:
+    """Returns text from a file as one short line: line breaks and what is not printable escaped, the rest cut off."""
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def suggest(value: str, allowed: Iterable[str]) -> str:

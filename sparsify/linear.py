@@ -4,6 +4,7 @@ They never learn which method made their tensors. Every value that inference use
 keeps its name and shape, so a checkpoint is still the dense model where this package is not installed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
@@ -109,6 +110,8 @@ class SparseLayer(nn.Module):
 
     def threshold_problem(self, value: float) -> str | None:
         """Returns what is wrong with a finite threshold read from a file, in one line; None where nothing is."""
+        if value != -1.0 and math.copysign(1.0, value) < 0.0:
+            return f"holds {value:g}, it must be at least 0 (and not -0), or -1 to keep every channel"
         return None
 
     def _run(self, x: Tensor) -> Tensor | None:

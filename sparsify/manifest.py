@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from sparsify.errors import CheckpointError, UnavailableError
-from sparsify.strict import read_json
+from sparsify.strict import JSON_BYTES, read_json
 
 MANIFEST = "sparsify_manifest.json"
 CARD = "README.md"
@@ -29,7 +29,7 @@ def check_manifest(folder: Path) -> list[str]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: `sparsify convert` did not write it, or not to its end")
-    data = read_json(path, error=CheckpointError)
+    data = read_json(path, error=CheckpointError, most=4 * JSON_BYTES)
     try:
         recorded = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
         version = data["version"]
@@ -57,7 +57,7 @@ def checkpoint_sha256(folder: Path) -> str | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    files = read_json(path, error=CheckpointError)
+    files = read_json(path, error=CheckpointError, most=4 * JSON_BYTES)
     entries = files.get("files") if isinstance(files, dict) else None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} cannot be read: it names no files")
@@ -74,7 +74,7 @@ def replace_card(folder: Path, text: str) -> Path:
     """
     if checkpoint_sha256(folder) is None:
         raise CheckpointError(f"{folder} has no {MANIFEST}: `sparsify convert` did not write it, or not to its end")
-    manifest = read_json(folder / MANIFEST, error=CheckpointError)
+    manifest = read_json(folder / MANIFEST, error=CheckpointError, most=4 * JSON_BYTES)
     data = text.encode()
     manifest["files"][CARD] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     contents = {CARD: data, MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()}

@@ -23,12 +23,13 @@ from sparsify.kernels import triton_backend
 from sparsify.linear import SparsitySwitch, is_linear
 from sparsify.mapped import MappedWeights
 from sparsify.mlp_layer import place_neuron_layers
+from sparsify.model_config import check_model_config
 from sparsify.preflight import check_files, check_loaded
 from sparsify.runtime import set_prefill, sparse_layers
 from sparsify.token_layer import link_rotations, make_layer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # "dense" or "sparse": overrides a checkpoint's prefill policy where the command line of another tool cannot.
 PREFILL_VARIABLE = "SPARSIFY_PREFILL"
@@ -45,6 +46,16 @@ class SparsifyQuantizer(HfQuantizer):
                 "from_pretrained does not convert a model: use sparsify.convert(model, method, calibration) "
                 "or `sparsify convert`"
             )
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Checks the model's config before the model is built: transformers calls this there for another purpose."""
+        check_model_config(config.to_dict())
+        return config
+
+    def update_ep_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The same place in transformers before 5.20, where update_attn_implementation is not called."""
+        check_model_config(config.to_dict())
+        return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config

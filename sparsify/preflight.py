@@ -10,15 +10,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsify.errors import CheckpointError
+from sparsify.header import FLOATS, StoredTensor, read_header
 from sparsify.linear import SparseConv1D, SparseLinear
 from sparsify.runtime import sparse_layers
-from sparsify.strict import read_json
+from sparsify.strict import JSON_BYTES, read_json
 from sparsify.token_layer import is_rotation
 
 if TYPE_CHECKING:
@@ -27,20 +28,46 @@ if TYPE_CHECKING:
 ADDED = ("threshold", "scale", "lr_a", "lr_b", "sparse_bias", "rotation")
 INDEX = "model.safetensors.index.json"
 
-# File, name in the file, shape and dtype of a tensor.
-_Owner = tuple[Path, str, list[int], str]
+SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+_FILE_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
+# GPT-Neo's causal masks of 2,048 positions have 100 MB in 24 blocks.
+_UNSTORED_BYTES = 256 << 20
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder with anything but regular files and folders in it, or with a link that leaves it.
+
+    A pipe or a device would be read without an end. Links may leave the folder for the blobs of the hub's cache only.
+    Raises CheckpointError, also for an adapter, which transformers would put on top of the model.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if _link_leaves(path, folder):
+                raise CheckpointError(
+                    f"{path} is a link to {os.readlink(path)}, which is outside of its folder: refused"
+                )
+            if not (path.is_file() or path.is_dir()):
+                raise CheckpointError(f"{path} is neither a file nor a folder: refused")
+    _refuse_adapter(folder)
 
 
 def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Checks the safetensors files against a model skeleton that has its sparse layers.
 
     Raises CheckpointError for a file outside the checkpoint's folder, an unreadable header, a missing, doubled,
-    misshapen or unexpected tensor, a wrong dtype, and for added tensors that are not finite.
+    misshapen or unexpected tensor, a wrong dtype, and for added tensors that are not finite or out of their range.
     """
     paths = [Path(file) for file in files]
     source = model.config.name_or_path
     check_places(paths, Path(source) if source and Path(source).is_dir() else None)
-    owners = _translated(_owners(paths), model)
+    _refuse_adapter(paths[0].parent)
+    if paths[0].name != SINGLE and (paths[0].parent / INDEX).is_file():
+        check_index(paths[0].parent)
+    stored = read_headers(paths)
+    _check_unstored(model, sum(path.stat().st_size for path in paths))
+    owners = _translated(stored, model)
     layers = sparse_layers(model)
     for name, layer in layers.items():
         _check_layer(name, layer, owners)
@@ -51,10 +78,14 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
     known = model.state_dict()
     # Tensors that transformers merges while it reads them cannot be compared: check_loaded sees what is missing then.
-    if owners.keys() <= known.keys():
+    if not _merges(model):
         _refuse_missing(model, [name for name in known if name not in owners])
-        for name, (_, _, shape, _) in owners.items():
-            _check_shape(name, shape, known[name])
+        _refuse_unknown(model, [name for name in owners if name not in known])
+    for name, held in owners.items():
+        if name in known:
+            _check_shape(name, held.shape, known[name])
+            if known[name].is_floating_point() and held.dtype not in FLOATS:
+                raise CheckpointError(f"{name} is stored as {held.dtype}, one of {', '.join(FLOATS)} is expected")
 
 
 def check_loaded(model: PreTrainedModel) -> None:
@@ -73,7 +104,7 @@ def check_places(paths: Sequence[Path], folder: Path | None) -> None:
     """
     for path in paths:
         inside = path.parent == paths[0].parent if folder is None else _inside(path, folder)
-        if not inside or _link_leaves(path):
+        if not inside or _link_leaves(path, path.parent):
             raise CheckpointError(f"the checkpoint's weights lie in {path}, which is outside of its folder: refused")
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path.name} is not a safetensors file: sparsify reads no other format")
@@ -84,40 +115,73 @@ def check_places(paths: Sequence[Path], folder: Path | None) -> None:
 def check_index(folder: Path) -> list[Path]:
     """Returns the weight files of a local folder, from its index or the single file.
 
-    Raises CheckpointError where one is missing or an index entry is not a plain file name.
+    Raises CheckpointError where one is missing, an index entry is not a plain file name, or the index and the files'
+    headers do not name the same tensors.
     """
-    index, single = folder / INDEX, folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     # The order in which transformers looks for them.
     if single.is_file():
         check_places([single], folder)
         return [single]
     if not index.is_file():
-        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX}: it holds no weights to load")
-    content = read_json(index, error=CheckpointError)
-    try:
-        names = sorted({str(name) for name in content["weight_map"].values()})
-    except (LookupError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{index} cannot be read ({type(problem).__name__}: {problem})") from None
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it holds no weights to load")
+    # Those of the largest mixtures of experts have some 10 MB.
+    weight_map = _weight_map(index, read_json(index, error=CheckpointError, most=4 * JSON_BYTES))
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or "\\" in name:
+        if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{index} points to {name!r}, which is not a file name inside its folder: refused")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is missing: the checkpoint is incomplete")
     paths = [folder / name for name in names]
     check_places(paths, folder)
+    held = {name: tensor.path.name for name, tensor in read_headers(paths).items()}
+    for name in [*weight_map, *held]:
+        if weight_map.get(name) != held.get(name):
+            there = weight_map.get(name) or "no file"
+            raise CheckpointError(f"{index} says that {name!r} is in {there}, it is in {held.get(name) or 'none'}")
     return paths
+
+
+def read_headers(paths: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Returns the tensors of all the files by name, from the headers alone.
+
+    Raises CheckpointError where read_header does, and for a name that stands in two files.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, tensor in read_header(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{name!r} stands in {path.name} and in {tensors[name].path.name}")
+            tensors[name] = tensor
+    return tensors
+
+
+def _weight_map(index: Path, content: object) -> dict[str, str]:
+    if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(f"{index} cannot be read: it is not a mapping with 'metadata' and 'weight_map'")
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} cannot be read: its weight_map is not a mapping of tensors to file names")
+    return weight_map
+
+
+def _refuse_adapter(folder: Path) -> None:
+    # transformers puts an adapter that it finds beside the weights on top of the model, where peft is installed.
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(f"{folder / _ADAPTER} would change the model when it is loaded: remove it")
 
 
 def _inside(path: Path, folder: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
-def _link_leaves(path: Path) -> bool:
+def _link_leaves(path: Path, folder: Path) -> bool:
     if not path.is_symlink():
         return False
-    target, folder = path.resolve(), path.parent.resolve()
-    cached = folder.parent.name == "snapshots" and target.is_relative_to(folder.parents[1] / "blobs")
-    return not (cached or target.is_relative_to(folder))
+    target, root = Path(os.path.realpath(path)), folder.resolve()
+    cached = root.parent.name == "snapshots" and target.is_relative_to(root.parents[1] / "blobs")
+    return not (cached or target.is_relative_to(root))
 
 
 def _refuse_missing(model: PreTrainedModel, names: Sequence[str]) -> None:
@@ -130,41 +194,54 @@ def _refuse_missing(model: PreTrainedModel, names: Sequence[str]) -> None:
         )
 
 
-def _owners(paths: Sequence[Path]) -> dict[str, _Owner]:
-    """Returns {tensor name: (path, tensor name, shape, dtype)} from the headers alone."""
-    owners: dict[str, _Owner] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in owners:
-                        raise CheckpointError(f"{name!r} stands in {path.name} and in {owners[name][0].name}")
-                    part = file.get_slice(name)
-                    owners[name] = (path, name, part.get_shape(), part.get_dtype())
-        except (SafetensorError, OSError) as problem:
-            raise CheckpointError(
-                f"{path} is not a readable safetensors file ({problem}): it may be truncated, download or convert again"
-            ) from None
-    return owners
+def _refuse_unknown(model: PreTrainedModel, names: Sequence[str]) -> None:
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unknown = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CheckpointError(f"the checkpoint holds {unknown[0]!r}{more}, which {type(model).__name__} does not have")
 
 
-def _translated(owners: Mapping[str, _Owner], model: PreTrainedModel) -> dict[str, _Owner]:
-    """Returns the owners by module names: some families (Gemma 3 with vision) have other names on the disk."""
+def _check_unstored(model: PreTrainedModel, stored: int) -> None:
+    """Refuses masks and tables that are made from the config alone, such as one of 10^6 × 10^6 positions."""
+    kept = model.state_dict().keys()
+    made = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in kept)
+    if made > _UNSTORED_BYTES + stored:
+        raise CheckpointError(
+            f"config.json asks for {made:,} bytes of masks and tables beside {stored:,} bytes of weights: refused"
+        )
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
     # Here, not above: this module is imported while transformers itself is.
     from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def _merges(model: PreTrainedModel) -> bool:
     from transformers.core_model_loading import WeightRenaming
 
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    translated = {}
-    for stored, owner in owners.items():
-        name = stored
+    return any(not isinstance(conversion, WeightRenaming) for conversion in _conversions(model))
+
+
+def _translated(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Returns the tensors by module names: some families (Gemma 3 with vision) have other names on the disk."""
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [conversion for conversion in _conversions(model) if isinstance(conversion, WeightRenaming)]
+    translated: dict[str, StoredTensor] = {}
+    for tensor in stored.values():
+        name = tensor.name
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
-        translated[name] = owner
+        if name in translated:
+            raise CheckpointError(f"{tensor.name!r} and {translated[name].name!r} are both {name!r}: refused")
+        translated[name] = tensor
     return translated
 
 
-def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[str, _Owner]) -> None:
+def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[str, StoredTensor]) -> None:
     expected: dict[str, torch.Tensor] = {"weight": layer.weight}
     if layer.bias is not None:
         expected["bias"] = layer.bias
@@ -179,12 +256,13 @@ def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[
                 else "it is incomplete"
             )
             raise CheckpointError(f"the checkpoint has no {full!r}: {reason}")
-        path, stored, shape, dtype = owners[full]
-        _check_shape(full, shape, tensor)
-        if key in ("threshold", "scale") and dtype != "F32":
-            raise CheckpointError(f"{full} is stored as {dtype}, F32 is expected")
+        stored = owners[full]
+        _check_shape(full, stored.shape, tensor)
+        wanted = "F32" if key in ("threshold", "scale") else owners[f"{name}.weight"].dtype
+        if key in ADDED and stored.dtype != wanted:
+            raise CheckpointError(f"{full} is stored as {stored.dtype}, {wanted} is expected")
         if key in ADDED:
-            values = _check_values(stored, key, path)
+            values = _check_values(full, key, stored)
             if key == "threshold" and (problem := layer.threshold_problem(float(values))) is not None:
                 raise CheckpointError(f"{full} {problem}: the checkpoint is damaged, convert again")
             if key == "rotation" and not is_rotation(values):
@@ -196,10 +274,16 @@ def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:
         raise CheckpointError(f"{name} has the shape {list(shape)}, {list(tensor.shape)} is expected")
 
 
-def _check_values(full: str, key: str, path: Path) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(full)
-    if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+def _check_values(full: str, key: str, stored: StoredTensor) -> torch.Tensor:
+    try:
+        with safe_open(stored.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored.name)
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(
+            f"{stored.path} is not a readable safetensors file ({problem}): download it again"
+        ) from None
+    # The weight's dtype is checked later; what cannot be compared with infinity is none of its dtypes.
+    if stored.dtype not in FLOATS or not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{full} holds values that are not finite: the checkpoint is damaged, convert again")
     if key == "scale" and bool((tensor < 0).any()):
         raise CheckpointError(f"{full} holds negative scales: the checkpoint is damaged, convert again")

@@ -191,7 +191,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "index to a shard that is missing": (_index("model-00001-of-00001.safetensors"), "which is missing"),
     "index to a pickle": (_index("weights.bin", move_to="weights.bin"), "not a safetensors file"),
     "link out of the folder": (_link_out, "outside of its folder"),
-    "link to a device": (_link_to_zero, "neither model.safetensors nor"),
+    "link to a device": (_link_to_zero, "a link to /dev/zero, which is outside of its folder"),
     "config.json is missing": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config.json is empty": (_bytes("config.json", lambda data: b""), "config.json cannot be read"),
     "config.json is not JSON": (_bytes("config.json", lambda data: data[:-20]), "config.json cannot be read"),
