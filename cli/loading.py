@@ -66,10 +66,13 @@ def load(
             if value is not None:
                 raise SparsifyError(f"{name} {value} is for converted checkpoints; {spec} is a dense model")
     progress.note(f"loading {spec}")
-    tokenizer = models.load_tokenizer(source or spec, trust_remote_code=trust_remote_code)
     if source is None:
+        tokenizer = models.load_tokenizer(spec, trust_remote_code=trust_remote_code)
         model = models.load_dense(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     else:
+        checkpoint.check_before_loading(source)
+        with checkpoint.as_checkpoint_errors():
+            tokenizer = models.load_tokenizer(source, trust_remote_code=trust_remote_code)
         model = checkpoint.load(
             source, dtype=dtype, device=device, prefill=prefill, backend=backend, trust_remote_code=trust_remote_code
         )

@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
 from sparsify.errors import SparsifyError
-from sparsify.strict import from_mapping
+from sparsify.strict import from_mapping, read_yaml
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,10 @@ def _names() -> list[str]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SparsifyError(f"cannot read the settings {path}: {error.strerror}; --config takes a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise SparsifyError(f"the settings {path} are not UTF-8 text (byte {error.start})") from None
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SparsifyError(f"the settings {path} are not YAML: {error}") from None
+    if not path.is_file():
+        reason = "is a directory or no regular file" if path.exists() else "No such file"
+        raise SparsifyError(f"cannot read the settings {path}: {reason}; --config takes a YAML file")
+    document = read_yaml(path)
     if document is None:
         return {}
     if not isinstance(document, dict):

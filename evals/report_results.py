@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsify.checkpoint import LEDGER, SETTINGS, load, read_config, read_ledger
 from sparsify.config import SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError
@@ -22,7 +20,7 @@ from sparsify.fingerprint import weights_sha256
 from sparsify.ledger import Ledger
 from sparsify.manifest import MANIFEST, checkpoint_sha256
 from sparsify.models import load_dense, resolve_model
-from sparsify.strict import read_json
+from sparsify.strict import read_json, read_yaml
 
 # The command that saves each kind, and the key that results of the sparse model and of the dense one are checked by.
 COMMANDS = {
@@ -216,10 +214,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {SETTINGS}: see `sparsify verify {folder}`, which reads {MANIFEST}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as problem:
-        raise CheckpointError(f"{path} cannot be read: {problem}") from None
+    data = read_yaml(path, error=CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds no settings")
     return data

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from sparsify.card import render_card
 from sparsify.config import QUANT_METHOD, SparsifyConfig
-from sparsify.errors import CheckpointError, SparsifyError, UnavailableError
+from sparsify.differences import json_differences
+from sparsify.errors import CheckpointError, SparsifyError, UnavailableError, one_line
 from sparsify.ledger import Ledger, ledger_of
 from sparsify.manifest import check_manifest, write_manifest
 from sparsify.model_config import check_implementations, check_model_config
@@ -26,6 +27,7 @@ from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_folder, check_index, read_headers
 from sparsify.runtime import set_prefill, sparse_layers, switch_of
 from sparsify.strict import JSON_BYTES, read_json
+from sparsify.whole_file import sync
 
 LEDGER = "sparsify_ledger.json"
 SETTINGS = "sparsify.yaml"
@@ -61,7 +63,7 @@ def save(
     try:
         _write(model, staging, tokenizer, source or _source(model), settings or {}, measured, budget)
         os.rename(staging, out)
-        _sync(out.parent)
+        sync(out.parent)
     except (OSError, SafetensorError) as problem:
         raise _write_error(out, problem) from problem
     finally:
@@ -90,7 +92,7 @@ def load(
     trust = bool(options.pop("trust_remote_code", False))
     wanted = parse_dtype(dtype)
     register()
-    with _as_checkpoint_errors():
+    with as_checkpoint_errors():
         if dense:
             return load_dense(str(folder), dtype=dtype, device=device, trust_remote_code=trust)
         with hub_errors(str(folder), str(folder)), quiet():
@@ -153,23 +155,36 @@ def read_ledger(folder: str | Path) -> Ledger:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Returns one line for everything wrong with a checkpoint: files against the manifest, tensors against the config.
+    """Returns one line for everything wrong with a checkpoint: files against the manifest, tensors against the config,
+    the ledger against both.
 
     Raises CheckpointError where the folder is not a checkpoint at all.
     """
     folder = Path(folder)
     if not is_checkpoint(folder):
         read_config(folder)
+    check_folder(folder)
     problems = check_manifest(folder)
     try:
-        config = read_config(folder)
-        _check_tensors(folder, config)
-        ledger = read_ledger(folder)
-        if {linear.name for linear in ledger.linears} != set(config.linears):
-            problems.append(f"{LEDGER}: its linears are not those of config.json")
+        model = _skeleton(folder, read_config(folder))
+        check_files([str(file) for file in check_index(folder)], model)
+        read_ledger(folder)
+        ledger = read_json(folder / LEDGER, error=CheckpointError, most=JSON_BYTES)
+        problems += json_differences(LEDGER, ledger, ledger_of(model).to_dict())
     except SparsifyError as problem:
-        problems.append(str(problem))
+        problems.append(one_line(str(problem)))
     return problems
+
+
+@contextmanager
+def as_checkpoint_errors() -> Iterator[None]:
+    """Raises bad input as CheckpointError: what cannot be read of a checkpoint is its fault, not the caller's."""
+    try:
+        yield
+    except SparsifyError as problem:
+        if type(problem) is SparsifyError:
+            raise CheckpointError(str(problem)) from problem
+        raise
 
 
 def check_output(out: Path) -> None:
@@ -178,28 +193,17 @@ def check_output(out: Path) -> None:
         raise SparsifyError(f"{out} exists already: give another --out, or remove it first; nothing was written")
 
 
-def _check_tensors(folder: Path, config: SparsifyConfig) -> None:
-    files = check_index(folder)
-    with _as_checkpoint_errors(), hub_errors(str(folder), str(folder)):
-        skeleton = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        del skeleton.quantization_config
+def _skeleton(folder: Path, config: SparsifyConfig) -> PreTrainedModel:
+    """Returns the model without memory, on the meta device, with its sparse layers."""
+    with as_checkpoint_errors(), hub_errors(str(folder), str(folder)):
+        dense = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        del dense.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                skeleton, trust_remote_code=False
-            )
-    add_sparse_layers(model, config)
-    check_files([str(file) for file in files], model)
-
-
-@contextmanager
-def _as_checkpoint_errors() -> Iterator[None]:
-    """What transformers says of a folder that is a checkpoint is the checkpoint's fault, not the caller's."""
-    try:
-        yield
-    except SparsifyError as problem:
-        if type(problem) is SparsifyError:
-            raise CheckpointError(str(problem)) from problem
-        raise
+            found: Any = AutoModelForCausalLM.from_config(dense, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    add_sparse_layers(found, config)
+    found.config.quantization_config = config
+    model: PreTrainedModel = found
+    return model
 
 
 def _source(model: PreTrainedModel) -> str:
@@ -236,16 +240,8 @@ def _write(
     folder.chmod(0o777 & ~mask)
     for path in sorted(folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
+    sync(folder)
 
 
 def _write_error(out: Path, problem: Exception) -> SparsifyError:

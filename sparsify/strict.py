@@ -22,7 +22,7 @@ T = TypeVar("T")
 JSON_BYTES = 8 << 20
 # Results hold every document of a task.
 _RESULT_BYTES = 1 << 30
-YAML_BYTES = 64 << 10
+YAML_BYTES = 256 << 10
 
 
 def from_mapping(cls: type[T], data: object, *, where: str, error: type[SparsifyError] = SparsifyError) -> T:
@@ -82,15 +82,19 @@ def parse_json(text: str) -> Any:
 def read_yaml(path: Path, *, error: type[SparsifyError] = SparsifyError) -> Any:
     """Returns what a YAML file of plain values holds, None for an empty one.
 
-    Raises `error` for what is no regular file, is larger than 64 KiB, is no YAML in UTF-8, or has aliases or tags.
+    Raises `error` for what is no regular file, is larger than 256 KiB, is no YAML in UTF-8, or has aliases or tags.
     """
     try:
         return yaml.load(_read(path, YAML_BYTES, error), Loader=_PlainLoader)
     except RecursionError:
         raise error(f"{path} cannot be read: its values are nested too deeply") from None
     except yaml.YAMLError as problem:
-        raise error(f"{path} is not plain YAML: {one_line(' '.join(str(problem).split()), 300)}") from None
-    # ValueError: no UTF-8, or a date or number that is none.
+        raise error(
+            f"{path} cannot be read, not YAML of plain values: {one_line(' '.join(str(problem).split()), 300)}"
+        ) from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} cannot be read: it is not UTF-8 text (byte {problem.start})") from None
+    # ValueError: a date or a number that is none.
     except (OSError, ValueError) as problem:
         raise error(f"{path} cannot be read: {problem}") from None
 

@@ -40,16 +40,19 @@ def test_a_section_without_its_end_is_refused() -> None:
 
 def test_a_new_card_keeps_the_manifest_and_the_identity(tmp_path: Path) -> None:
     for name in (CARD, "config.json"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text('{"a": 1}')
     write_manifest(tmp_path)
     before = checkpoint_sha256(tmp_path)
     assert replace_card(tmp_path, "é new\n").read_text(encoding="utf-8") == "é new\n"
     assert check_manifest(tmp_path) == []
     assert checkpoint_sha256(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CARD, "config.json", MANIFEST])
-    (tmp_path / "config.json").write_text("other")
+    (tmp_path / "config.json").write_text('{"a": 2}')
     replace_card(tmp_path, "again\n")
-    assert [problem.partition(":")[0] for problem in check_manifest(tmp_path)] == ["config.json"]
+    assert check_manifest(tmp_path) == [
+        "config.json: its content was changed (SHA-256 differs)",
+        "config.json: a is 2, it should be 1",
+    ]
     write_manifest(tmp_path)
     assert checkpoint_sha256(tmp_path) != before
 
@@ -61,5 +64,5 @@ def test_without_a_manifest_nothing_is_written(tmp_path: Path) -> None:
         replace_card(tmp_path, "new")
     assert (tmp_path / CARD).read_text() == "old"
     (tmp_path / MANIFEST).write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="names no files"):
+    with pytest.raises(CheckpointError, match="expected a mapping"):
         replace_card(tmp_path, "new")

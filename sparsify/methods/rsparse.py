@@ -7,7 +7,6 @@ least output error on calibration text, linear by linear, at equal bytes. The
 paper's evolutionary search is sparsify/allocation/evolutionary.py.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
-import yaml
 
 from sparsify.budget import Candidate, LinearShape, Score, check_flag, check_share, split_budget
 from sparsify.errors import SparsifyError, suggest
 from sparsify.methods import Facts
+from sparsify.strict import read_json, read_yaml
 
 SUMMARY = "column-norm channels plus a low-rank product for the rest, rho per linear from calibration error"
 PAPER = "Zhang et al. 2025, arXiv 2504.19449"
@@ -146,11 +145,7 @@ def read_recipe(path: str, names: list[str]) -> Recipe:
 
 
 def _read_mapping(file: Path) -> Recipe:
-    try:
-        text = file.read_text(encoding="utf-8")
-        data: Any = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as problem:
-        raise SparsifyError(f"recipe {file} cannot be read: {problem}") from None
+    data: Any = read_json(file) if file.suffix == ".json" else read_yaml(file)
     if not isinstance(data, dict):
         raise SparsifyError(f"recipe {file} must map linear names to {{sparsity, rho}}, found {type(data).__name__}")
     return data
