@@ -31,6 +31,7 @@ from sparsify.whole_file import sync
 
 LEDGER = "sparsify_ledger.json"
 SETTINGS = "sparsify.yaml"
+_READ_BESIDE = ("generation_config.json", "tokenizer_config.json")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -117,6 +118,11 @@ def check_before_loading(folder: str | Path) -> None:
     read_config(folder)
     check_folder(folder)
     read_headers(check_index(folder))
+    for name in _READ_BESIDE:
+        if (folder / name).exists() and not isinstance(
+            read_json(folder / name, error=CheckpointError, most=JSON_BYTES), dict
+        ):
+            raise CheckpointError(f"{folder / name} cannot be read: it is not a mapping")
 
 
 def is_checkpoint(folder: str | Path) -> bool:

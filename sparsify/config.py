@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -18,6 +19,8 @@ QUANT_METHOD = "sparsify"
 SCHEMA_VERSION = 1
 # Seven in each of 1,024 blocks, and some.
 _MOST_LINEARS = 10_000
+_LARGEST = 1 << 48
+_NAME = re.compile(r"[A-Za-z][\w-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,12 @@ class SparsifyConfig(QuantizationConfigMixin):
                 "convert the model again, or install the sparsify that wrote it"
             )
         raw = from_mapping(_Schema, config_dict, where=where, error=CheckpointError)
-        if len(raw.linears) > _MOST_LINEARS:
-            raise CheckpointError(f"{where}: it names {len(raw.linears):,} linears, {_MOST_LINEARS:,} at most are read")
+        for key, names in (("linears", raw.linears), ("sites", raw.sites), ("left_dense", raw.left_dense)):
+            if len(names) > _MOST_LINEARS:
+                raise CheckpointError(f"{where}: {key} has {len(names):,} entries, {_MOST_LINEARS:,} at most are read")
+        for key, value in (("method", raw.method), ("allocation", raw.allocation)):
+            if not _NAME.fullmatch(value):
+                raise CheckpointError(f"{where}: {key} is {value!r}, a name of letters, digits and - is expected")
         if raw.prefill not in get_args(Prefill):
             raise CheckpointError(f"{where}: prefill is {raw.prefill!r}, allowed are {', '.join(get_args(Prefill))}")
         sparsity = raw.method_config.get("sparsity", math.nan)
@@ -164,9 +171,7 @@ class SparsifyConfig(QuantizationConfigMixin):
             prefill=raw.prefill,
             sites=[list(map(str, names)) for names in raw.sites],
             left_dense=list(raw.left_dense),
-            calibration=from_mapping(
-                CalibrationEntry, raw.calibration, where=f"{where}.calibration", error=CheckpointError
-            ),
+            calibration=_calibration(raw.calibration, f"{where}.calibration"),
             linears={name: _linear_entry(name, entry, where) for name, entry in raw.linears.items()},
             allocation=raw.allocation,
             neurons=None if raw.neurons is None else _neurons(raw.neurons, f"{where}.neurons"),
@@ -178,8 +183,20 @@ class SparsifyConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
+def _calibration(data: object, where: str) -> CalibrationEntry:
+    entry = from_mapping(CalibrationEntry, data, where=where, error=CheckpointError)
+    for key, value in (("sequences", entry.sequences), ("seq_len", entry.seq_len)):
+        if not 1 <= value < _LARGEST:
+            raise CheckpointError(f"{where}: {key} is {value}, it must be at least 1")
+    if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+        raise CheckpointError(f"{where}: sha256 is {entry.sha256!r}, 64 hexadecimal digits are expected")
+    return entry
+
+
 def _neurons(data: object, where: str) -> NeuronCuts:
     raw = from_mapping(_NeuronSchema, data, where=where, error=CheckpointError)
+    if not raw.mlps:
+        raise CheckpointError(f"{where}: it names no MLP")
     mlps = (from_mapping(Mlp, entry, where=f"{where}.mlps", error=CheckpointError) for entry in raw.mlps)
     return NeuronCuts(raw.cut, tuple(mlps))
 
@@ -204,6 +221,9 @@ def _linear_entry(name: str, data: object, where: str) -> LinearEntry:
     for key, value in shares.items():
         if not 0.0 <= value <= 1.0:
             raise CheckpointError(f"{where}.linears[{name!r}]: {key} is {value}, it must be in [0, 1]")
+    ranks = entry.energy_ranks
+    if ranks is not None and not (len(ranks) == 3 and all(0 <= rank < _LARGEST for rank in ranks)):
+        raise CheckpointError(f"{where}.linears[{name!r}]: energy_ranks are {ranks}, three ranks are expected")
     if entry.rank < 0:
         raise CheckpointError(f"{where}.linears[{name!r}]: rank is {entry.rank}, it must be at least 0")
     if not (math.isfinite(entry.error) and entry.error >= 0.0):

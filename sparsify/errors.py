@@ -26,8 +26,9 @@ class UnavailableError(SparsifyError):
 
 
 def one_line(text: str, most: int = 800) -> str:
-    """Returns text from a file as one short line: line breaks and what is not printable escaped, the rest cut off."""
-    cut = text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    """Returns text that quotes a file as one short line: cut in the middle, what is not printable escaped."""
+    half = most // 2
+    cut = text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 

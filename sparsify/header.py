@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise _unreadable(path, f"its header is said to have {length:,} bytes, the file has {size:,}")
             if length > JSON_BYTES:
                 raise _unreadable(path, f"its header has {length:,} bytes, allowed are {JSON_BYTES:,}")
-            header = parse_json(file.read(length).decode("utf-8"))
+            header = parse_json(file.read(length).decode("utf-8"), JSON_BYTES)
     except RecursionError:
         raise _unreadable(path, "its header is nested too deeply") from None
     except CheckpointError:
@@ -106,10 +106,9 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
         raise _unreadable(path, f"{name!r} has offsets that are not two positions")
     # Python's integers do not overflow.
     count = math.prod(shape) * _BITS[dtype] // 8
-    if offsets[1] - offsets[0] != count:
-        raise _unreadable(
-            path, f"{name!r} {shape} {dtype} has {count:,} bytes, its offsets {offsets[1] - offsets[0]:,}"
-        )
+    given = offsets[1] - offsets[0]
+    if given != count:
+        raise _unreadable(path, f"{name!r} {shape} {dtype} has {count:,} bytes, its offsets hold {given:,}")
     return StoredTensor(path, name, dtype, tuple(shape), data + offsets[0], data + offsets[1])
 
 

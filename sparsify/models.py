@@ -147,9 +147,16 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """Loads the model's tokenizer. Raises as load_dense does."""
     source = resolve_model(spec)
     with hub_errors(spec, source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, local_files_only=_only_cached(source)
-        )
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+        except Exception as problem:
+            # The tokenizers library has no class of its own for what it cannot read.
+            if type(problem) is not Exception:
+                raise
+            raise SparsifyError(f"the tokenizer of {spec} cannot be read: {_first_line(problem)}") from problem
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise SparsifyError(f"the tokenizer of {spec} has the longest input {tokenizer.model_max_length!r}")
     return tokenizer
 
 

@@ -68,6 +68,10 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     stored = read_headers(paths)
     _check_unstored(model, sum(path.stat().st_size for path in paths))
     owners = _translated(stored, model)
+    known = model.state_dict()
+    for name, held in owners.items():
+        if name in known and known[name].is_floating_point() and held.dtype not in FLOATS:
+            raise CheckpointError(f"{name} is stored as {held.dtype}, one of {', '.join(FLOATS)} is expected")
     layers = sparse_layers(model)
     for name, layer in layers.items():
         _check_layer(name, layer, owners)
@@ -76,7 +80,6 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
         base, _, last = tensor.rpartition(".")
         if last in ADDED and (tensor not in expected or layers[base]._buffers.get(last) is None):
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
-    known = model.state_dict()
     # Tensors that transformers merges while it reads them cannot be compared: check_loaded sees what is missing then.
     if not _merges(model):
         _refuse_missing(model, [name for name in known if name not in owners])
@@ -84,8 +87,6 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     for name, held in owners.items():
         if name in known:
             _check_shape(name, held.shape, known[name])
-            if known[name].is_floating_point() and held.dtype not in FLOATS:
-                raise CheckpointError(f"{name} is stored as {held.dtype}, one of {', '.join(FLOATS)} is expected")
 
 
 def check_loaded(model: PreTrainedModel) -> None:
@@ -282,8 +283,7 @@ def _check_values(full: str, key: str, stored: StoredTensor) -> torch.Tensor:
         raise CheckpointError(
             f"{stored.path} is not a readable safetensors file ({problem}): download it again"
         ) from None
-    # The weight's dtype is checked later; what cannot be compared with infinity is none of its dtypes.
-    if stored.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+    if not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{full} holds values that are not finite: the checkpoint is damaged, convert again")
     if key == "scale" and bool((tensor < 0).any()):
         raise CheckpointError(f"{full} holds negative scales: the checkpoint is damaged, convert again")

@@ -22,6 +22,7 @@ T = TypeVar("T")
 JSON_BYTES = 8 << 20
 # Results hold every document of a task.
 _RESULT_BYTES = 1 << 30
+_BYTES_OF_VALUE = 40
 YAML_BYTES = 256 << 10
 
 
@@ -66,7 +67,7 @@ def read_json(path: Path, *, error: type[SparsifyError] = SparsifyError, most: i
     Raises `error` for what is no regular file, is larger, is no JSON in UTF-8, or has a key twice.
     """
     try:
-        return parse_json(_read(path, most, error))
+        return parse_json(_read(path, most, error), most)
     except RecursionError:
         raise error(f"{path} cannot be read: its values are nested too deeply") from None
     # ValueError: no UTF-8, no JSON, a key twice, or a number of thousands of digits.
@@ -74,8 +75,15 @@ def read_json(path: Path, *, error: type[SparsifyError] = SparsifyError, most: i
         raise error(f"{path} cannot be read: {problem}") from None
 
 
-def parse_json(text: str) -> Any:
-    """Returns what a JSON text holds. Raises ValueError for no JSON or a key that stands twice, and RecursionError."""
+def parse_json(text: str, most: int) -> Any:
+    """Returns what a JSON text holds that could have `most` bytes.
+
+    Raises ValueError for no JSON, a key that stands twice or more than a value for every 40 of these bytes (an empty
+    list has three, and takes 64 of memory), and RecursionError.
+    """
+    values = sum(map(text.count, ",[{"))
+    if values > most // _BYTES_OF_VALUE:
+        raise ValueError(f"it holds some {values:,} values, at most {most // _BYTES_OF_VALUE:,} are read")
     return json.loads(text, object_pairs_hook=_without_doubles)
 
 
