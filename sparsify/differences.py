@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, one_line
 from sparsify.header import read_header
 
 _CHUNK = 1 << 20
@@ -48,7 +48,7 @@ def tensor_differences(path: Path, recorded: Mapping[str, Any]) -> list[str]:
 
 def json_differences(name: str, found: Any, expected: Any) -> list[str]:
     """Returns one line for every value of the JSON file `name` that is missing, extra or not the expected one."""
-    return [f"{name}: {line}" for line in _differences("", found, expected)]
+    return [one_line(f"{name}: {line}") for line in _differences("", found, expected)]
 
 
 def _differences(place: str, found: Any, expected: Any) -> Iterator[str]:

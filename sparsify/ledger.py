@@ -19,6 +19,9 @@ from sparsify.runtime import sparse_layers
 from sparsify.strict import from_mapping
 from sparsify.targets import decoder_of, is_expert_weight
 
+_DERIVED = ("weighted_sparsity", "model_sparsity", "dense_bytes_per_token", "touched_bytes_per_token")
+_MOST = 1 << 48
+
 
 @dataclass(frozen=True)
 class LinearBytes:
@@ -121,15 +124,41 @@ class Ledger:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Ledger":
         """Reads what to_dict wrote. Raises CheckpointError where it is not that."""
-        try:
-            return cls(
-                float(data["nominal_sparsity"]),
-                tuple(from_mapping(LinearBytes, e, where="ledger", error=CheckpointError) for e in data["linears"]),
-                int(data["rest_bytes_per_token"]),
-                tuple(map(str, data["left_dense"])),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as problem:
-            raise CheckpointError(f"the ledger is not one that sparsify wrote: {problem}") from None
+        where = "the ledger"
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"{where} is not one that sparsify wrote: it is a {type(data).__name__}")
+        # What to_dict works out from the rest is not read.
+        read = {key: value for key, value in data.items() if key not in _DERIVED}
+        raw = from_mapping(_Stored, read, where=where, error=CheckpointError)
+        if not raw.linears:
+            raise CheckpointError(f"{where} is not one that sparsify wrote: it names no linears")
+        linears = tuple(_linear_bytes(entry, where) for entry in raw.linears)
+        _check_range(where, "nominal_sparsity", raw.nominal_sparsity, 0, 1)
+        _check_range(where, "rest_bytes_per_token", raw.rest_bytes_per_token, 0, _MOST)
+        return cls(raw.nominal_sparsity, linears, raw.rest_bytes_per_token, tuple(raw.left_dense))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    nominal_sparsity: float
+    linears: list[Any]
+    rest_bytes_per_token: int
+    left_dense: list[str]
+
+
+def _linear_bytes(data: object, where: str) -> LinearBytes:
+    linear = from_mapping(LinearBytes, data, where=where, error=CheckpointError)
+    for key, least, most in (
+        ("outputs", 1, _MOST), ("inputs", 1, _MOST), ("element_size", 1, 16), ("rank", 0, _MOST), ("density", 0, 1),
+        ("rotation_bytes", 0, _MOST),
+    ):  # fmt: skip
+        _check_range(f"{where}: {linear.name!r}", key, getattr(linear, key), least, most)
+    return linear
+
+
+def _check_range(where: str, key: str, value: float, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise CheckpointError(f"{where}: {key} is {value}, it must be in [{least}, {most:g}]")
 
 
 def ledger_of(model: PreTrainedModel) -> Ledger:

@@ -70,7 +70,8 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     owners = _translated(stored, model)
     known = model.state_dict()
     for name, held in owners.items():
-        if name in known and known[name].is_floating_point() and held.dtype not in FLOATS:
+        dense = name in known and name.rpartition(".")[2] not in ADDED
+        if dense and known[name].is_floating_point() and held.dtype not in FLOATS:
             raise CheckpointError(f"{name} is stored as {held.dtype}, one of {', '.join(FLOATS)} is expected")
     layers = sparse_layers(model)
     for name, layer in layers.items():
