@@ -57,6 +57,11 @@ class _RotatedTopK(_TopK):
 
     def _basis(self, x: Tensor) -> Tensor:
         owner = self._owner[0] if self._owner else self
+        if owner.rotation.is_meta and not x.is_meta:
+            raise SparsifyError(
+                "the rotation of this layer is stored by another one, whose buffers are offloaded: load the model "
+                "without offload_buffers=True"
+            )
         return owner.rotation.to(x.device)
 
     def keep(self, x: Tensor) -> Tensor:
