@@ -60,8 +60,6 @@ def evaluate_tasks(
         with load_tasks(
             names, include_path=flags.include_path, data=flags.task_data, num_fewshot=flags.num_fewshot
         ) as tasks:
-            for name, reason in tasks.left_out.items():
-                progress.note(f"left out: {name}, {reason}")
             for spec in models:
                 loaded = load(
                     spec, progress, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
