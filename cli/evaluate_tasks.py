@@ -84,6 +84,7 @@ def _report(progress: Progress, model: str, stage: str, done: int, total: int) -
 def _render(console: Console, result: dict[str, Any]) -> None:
     for entry in result["models"]:
         table = make_table(escape(entry["model"]), "task", "metric", "dense", "sparse", "recovery", "n", left=2)
+        table.columns[1].no_wrap = True
         last = None
         for score in entry["scores"]:
             sparse = score.get("sparse")
@@ -123,5 +124,6 @@ def _notes(entry: dict[str, Any]) -> list[str]:
 
 def _score(side: dict[str, Any]) -> str:
     value, error = side["value"], side["stderr"]
-    shown = f"{value:.4f}" if abs(value) < 1e3 else f"{value:.4g}"
-    return shown if error is None else f"{shown} ± {error:.4f}" if error < 1e3 else f"{shown} ± {error:.3g}"
+    if error is None:
+        return f"{value:.4f}" if abs(value) < 1e3 else f"{value:.3g}"
+    return f"{value:.4f} ± {error:.4f}" if abs(value) < 1e3 else f"{value:.3g} ± {error:.1g}"
