@@ -82,17 +82,18 @@ def _report(progress: Progress, model: str, stage: str, done: int, total: int) -
 
 
 def _render(console: Console, result: dict[str, Any]) -> None:
+    from sparsify.evals.report_text import task_score
+
     for entry in result["models"]:
         table = make_table(escape(entry["model"]), "task", "metric", "dense", "sparse", "recovery", "n", left=2)
         table.columns[1].no_wrap = True
         last = None
         for score in entry["scores"]:
-            sparse = score.get("sparse")
             table.add_row(
                 "" if score["task"] == last else escape(score["task"]),
                 escape(score["metric"] if score["filter"] == "none" else f"{score['metric']}, {score['filter']}"),
-                _score(score["dense"]),
-                _score(sparse) if sparse else "-",
+                task_score(score["dense"]),
+                task_score(score.get("sparse")),
                 percent(score.get("recovery")),
                 str(score["documents"] or "-"),
             )
@@ -120,10 +121,3 @@ def _notes(entry: dict[str, Any]) -> list[str]:
     if cut:
         lines.append(f"{cut} requests are longer than the model's context and lost tokens on the left.")
     return lines
-
-
-def _score(side: dict[str, Any]) -> str:
-    value, error = side["value"], side["stderr"]
-    if error is None:
-        return f"{value:.4f}" if abs(value) < 1e3 else f"{value:.3g}"
-    return f"{value:.4f} ± {error:.4f}" if abs(value) < 1e3 else f"{value:.3g} ± {error:.1g}"
