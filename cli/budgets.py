@@ -53,7 +53,8 @@ def settle_budget(settings: ConvertSettings) -> ConvertSettings:
         if getattr(settings, option) is not None and budget not in given:
             raise SparsifyError(f"{_flag(option)} is for {_flag(budget)}: leave it out")
     if not given:
-        return replace(settings, sparsity=DEFAULT_SPARSITY)
+        # relu by itself keeps what the ReLUs leave: there is nothing to ask for.
+        return replace(settings, sparsity=0.0 if settings.method == "relu" else DEFAULT_SPARSITY)
     if settings.recipe is not None and "sparsity" not in given:
         raise SparsifyError(f"--recipe says each linear's sparsity, and so would {_flag(next(iter(given)))}: give one")
     if settings.speedup is not None:

@@ -85,8 +85,8 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    options = {"rho": settings.rho, "score": settings.score, "recipe": settings.recipe, "rotation": settings.rotation}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    names = ("rho", "score", "recipe", "rotation", "cut")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True
     # Where the budget is another one, the sparsity is looked for.

@@ -103,6 +103,13 @@ def convert(
         bool | None,
         typer.Option("--compensate", help="Give the mean of what is dropped back as a bias, paid from the budget."),
     ] = None,
+    cut: Annotated[
+        float | None,
+        typer.Option(
+            help="relu: activations up to this one are 0, too (FATReLU), in the activation's own units.",
+            show_default="0, which loses nothing",
+        ),
+    ] = None,
     rotation: Annotated[
         str | None,
         typer.Option(help="larosa: model, one for all, or layer, one for each input.", show_default="model"),
@@ -176,7 +183,7 @@ def convert(
         "model": model, "out": out, "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase,
         "speedup": speedup, "held_out": held_out, "cost_table": cost_table, "allocation": allocation,
         "allocation_state": allocation_state, "rho": parse_rho(rho), "score": score, "recipe": recipe,
-        "compensate": compensate, "rotation": rotation, "rotate": rotate,
+        "compensate": compensate, "cut": cut, "rotation": rotation, "rotate": rotate,
         "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill,
         "dtype": dtype, "device": device, "seed": seed, "eval_windows": eval_windows,
         "trust_remote_code": trust_remote_code,

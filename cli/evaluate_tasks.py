@@ -60,8 +60,6 @@ def evaluate_tasks(
         with load_tasks(
             names, include_path=flags.include_path, data=flags.task_data, num_fewshot=flags.num_fewshot
         ) as tasks:
-            for name, reason in tasks.left_out.items():
-                progress.note(f"left out: {name}, {reason}")
             for spec in models:
                 loaded = load(
                     spec, progress, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
@@ -84,16 +82,18 @@ def _report(progress: Progress, model: str, stage: str, done: int, total: int) -
 
 
 def _render(console: Console, result: dict[str, Any]) -> None:
+    from sparsify.evals.report_text import task_score
+
     for entry in result["models"]:
         table = make_table(escape(entry["model"]), "task", "metric", "dense", "sparse", "recovery", "n", left=2)
+        table.columns[1].no_wrap = True
         last = None
         for score in entry["scores"]:
-            sparse = score.get("sparse")
             table.add_row(
                 "" if score["task"] == last else escape(score["task"]),
                 escape(score["metric"] if score["filter"] == "none" else f"{score['metric']}, {score['filter']}"),
-                _score(score["dense"]),
-                _score(sparse) if sparse else "-",
+                task_score(score["dense"]),
+                task_score(score.get("sparse")),
                 percent(score.get("recovery")),
                 str(score["documents"] or "-"),
             )
@@ -121,9 +121,3 @@ def _notes(entry: dict[str, Any]) -> list[str]:
     if cut:
         lines.append(f"{cut} requests are longer than the model's context and lost tokens on the left.")
     return lines
-
-
-def _score(side: dict[str, Any]) -> str:
-    value, error = side["value"], side["stderr"]
-    shown = f"{value:.4f}" if abs(value) < 1e3 else f"{value:.4g}"
-    return shown if error is None else f"{shown} ± {error:.4f}" if error < 1e3 else f"{shown} ± {error:.3g}"

@@ -1,6 +1,6 @@
 """`sparsify methods`: the methods of this installation, with the paper and the facts of each."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -33,7 +33,7 @@ def methods(format: FormatOption = Format.human, save: SaveOption = None) -> Non
                 "summary": info.summary,
                 "paper": info.paper,
                 **asdict(info.facts),
-                "options": [field.name for field in fields(info.config_class)],
+                "options": list(info.options),
             }
             for info in found.values()
         ]

@@ -31,6 +31,7 @@ class ConvertSettings:
     score: str | None = None
     recipe: str | None = None
     compensate: bool = False
+    cut: float | None = None
     rotation: str | None = None
     rotate: bool = False
     calibration: str = "stdlib:calibration"

@@ -45,12 +45,21 @@ def check_budgets(model: "PreTrainedModel", method: "AnyMethod", *, uniform: boo
     import torch
 
     from sparsify.methods import NeuronMethod
+    from sparsify.methods.relu import Relu
     from sparsify.neuron_conversion import plan_neurons
+    from sparsify.relu_conversion import find_relu_mlps
     from sparsify.targets import find_targets, linear_shapes
 
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     targets = find_targets(model, tokens)
     shapes = linear_shapes(model, targets)
+    if isinstance(method, Relu):
+        found = find_relu_mlps(model, method, targets, tokens)
+        settled = {name for mlp in found for name in mlp.shares("relu")}
+        shapes = {name: shape for name, shape in shapes.items() if name not in settled}
+        if method.rest is None:
+            return
+        method = method.rest
     if isinstance(method, NeuronMethod):
         if method.sparsity > 0.0:
             plan_neurons(model, method, targets, shapes, tokens)

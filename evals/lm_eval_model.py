@@ -24,6 +24,7 @@ from tqdm import tqdm
 from sparsify.errors import SparsifyError, suggest
 from sparsify.evals.perplexity import Protocol, decode_logits
 from sparsify.evals.realised import RealisedDensity
+from sparsify.prompt_choice import chooses_per_prompt
 from sparsify.runtime import sparse_layers, switch_of, with_prefill
 
 
@@ -101,6 +102,8 @@ class SparsifyLM(HFLM):  # type: ignore[misc]
         return fed, fed - len(continuation) if self.protocol == "decode" else 0
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if not self._prompt:
+            self._refuse_without_prompt()
         with torch.no_grad(), with_prefill(self.model, "sparse"), self.realised[self._task]:
             if self._prompt:
                 return decode_logits(self.model, inps, self._prompt)
@@ -128,7 +131,16 @@ class SparsifyLM(HFLM):  # type: ignore[misc]
         self.truncated[self._task] += length > room
         return length
 
+    def _refuse_without_prompt(self) -> None:
+        if chooses_per_prompt(self.model) and switch_of(self.model).sparse:
+            raise SparsifyError(
+                f"protocol {self.protocol} has no dense prompt in task {self._task}, and this model's neurons are "
+                "chosen by one: use --protocol decode and tasks with a context, or --dense"
+            )
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        if self.protocol == "every-token":
+            self._refuse_without_prompt()
         with with_prefill(self.model, "dense" if self.protocol == "decode" else "sparse"):
             written: Tensor = super()._model_generate(context, max_length, stop, **settings)
         if sparse_layers(self.model) and switch_of(self.model).sparse:

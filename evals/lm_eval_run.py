@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsify.errors import SparsifyError
 from sparsify.evals.lm_eval_tasks import Tasks, split_of
 from sparsify.evals.machine import environment
+from sparsify.evals.perplexity import check_sparse_protocol
 from sparsify.ledger import ledger_of
 from sparsify.manifest import checkpoint_sha256
 from sparsify.runtime import dense, sparse_layers
@@ -53,9 +54,12 @@ def run_tasks(
     check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     from sparsify.evals.lm_eval_model import SparsifyLM
 
+    sides = ("dense",) if only_dense or not sparse_layers(model) else ("dense", "sparse")
+    if "sparse" in sides:
+        check_sparse_protocol(model, protocol)
     evaluated = SparsifyLM(model, tokenizer=tokenizer, protocol=protocol, batch_size=batch_size)
     found: dict[str, dict[str, Any]] = {}
-    for side in ("dense",) if only_dense or not sparse_layers(model) else ("dense", "sparse"):
+    for side in sides:
         evaluated.progress = _named(side, progress)
         evaluated.truncated.clear()
         with dense(model) if side == "dense" else nullcontext():
@@ -75,7 +79,6 @@ def run_tasks(
         "limit": limit,
         "padding": "none: only requests of one length share a batch",
         "tasks": about,
-        "left_out": tasks.left_out,
         "scores": list(_scores(found, samples)),
         "checkpoint_sha256": _checkpoint_hash(model),
         "environment": environment(model.device)

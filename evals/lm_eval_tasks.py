@@ -21,21 +21,15 @@ from sparsify.hub import hub_problem
 INSTALL = "pip install 'sparsify-llm[eval]'"
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A named list of tasks, and what of the original lm-eval does not have, with the reason."""
-
-    tasks: tuple[str, ...]
-    left_out: dict[str, str]
-
-
 SUITES = {
     # arXiv 2504.19449: eight common-sense tasks, summarization (XSum) and language modelling (WikiText-2).
-    "rsparse-suite": Suite(
-        ("winogrande", "piqa", "sciq", "openbookqa", "hellaswag", "boolq", "arc_easy", "arc_challenge", "wikitext"),
-        {"xsum": "lm-eval has it only through the unitxt package, with another prompt"},
+    "rsparse-suite": (
+        "winogrande", "piqa", "sciq", "openbookqa", "hellaswag", "boolq", "arc_easy", "arc_challenge", "xsum_rouge",
+        "wikitext",
     )
-}
+}  # fmt: skip
+# What lm-eval does not have, or only through another package: its own xsum needs unitxt.
+_OWN_TASKS = Path(__file__).parent / "tasks"
 # Tasks that read the same data may share a folder of this name.
 _FOLDERS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -50,7 +44,6 @@ class Tasks:
     specs: list[Any]
     manager: Any
     by_name: dict[str, Any]
-    left_out: dict[str, str]
 
 
 @contextmanager
@@ -67,7 +60,7 @@ def load_tasks(
     for flag, folder in (("--include-path", include_path), ("--task-data", data)):
         if folder is not None and not folder.is_dir():
             raise SparsifyError(f"{flag} {folder} is not a folder")
-    wanted, left_out = _expand(names)
+    wanted = _expand(names)
     manager = _manager(wanted, include_path)
     index: dict[str, Any] = manager.task_index
     for name in wanted:
@@ -88,7 +81,7 @@ def load_tasks(
         inside = {child for children in loaded.get("group_map", {}).values() for child in children}
         found = loaded.get("groups", {}) | loaded["tasks"]
         specs = [item for name, item in found.items() if name not in inside]
-        yield Tasks(specs, manager, loaded["tasks"], left_out)
+        yield Tasks(specs, manager, loaded["tasks"])
 
 
 def check_installed() -> None:
@@ -103,27 +96,22 @@ def split_of(task: Any) -> str:
     return str(task.config.test_split if task.has_test_docs() else task.config.validation_split)
 
 
-def _expand(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    wanted: list[str] = []
-    left_out: dict[str, str] = {}
-    for name in names:
-        suite = SUITES.get(name, Suite((name,), {}))
-        wanted += suite.tasks
-        left_out |= suite.left_out
+def _expand(names: Sequence[str]) -> list[str]:
+    wanted = [task for name in names for task in SUITES.get(name, (name,))]
     if not all(wanted) or not wanted:
         raise SparsifyError("--tasks takes names with commas between, such as hellaswag,arc_easy")
-    return list(dict.fromkeys(wanted)), left_out
+    return list(dict.fromkeys(wanted))
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None:
-        # Reading lm-eval's own 14,000 definitions takes ten seconds: not where nobody asks for one.
-        own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if all(_is_complete(name, own.task_index) for name in names):
-            return own
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    folders: list[str | Path] = [str(_OWN_TASKS), *([] if include_path is None else [str(include_path)])]
+    # Reading lm-eval's own 14,000 definitions takes ten seconds: not where nobody asks for one.
+    own = TaskManager(include_path=folders, include_defaults=False)
+    if all(_is_complete(name, own.task_index) for name in names):
+        return own
+    return TaskManager(include_path=folders)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

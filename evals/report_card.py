@@ -7,7 +7,7 @@ from typing import Any
 from sparsify.card import with_results
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.evals.report_results import Results, Stored, read_results, read_subject
-from sparsify.evals.report_text import perplexity, share, size
+from sparsify.evals.report_text import perplexity, share, size, task_score
 from sparsify.manifest import CARD, replace_card
 
 _Line = tuple[str, str]
@@ -81,9 +81,8 @@ def _tasks(entry: dict[str, Any]) -> Iterator[tuple[_Line, str]]:
     for score in entry["scores"]:
         if "sparse" not in score:
             continue
-        dense, sparse = score["dense"], score["sparse"]
-        error = "" if sparse["stderr"] is None else f" ± {sparse['stderr']:.4f}"
-        value = f"dense {dense['value']:.4f}, sparse {sparse['value']:.4f}{error}, recovery {share(score['recovery'])}"
+        dense, sparse = task_score(score["dense"]), task_score(score["sparse"])
+        value = f"dense {dense}, sparse {sparse}, recovery {share(score['recovery'])}"
         yield (f"{score['task']}, {score['metric']}, {entry['protocol']}", value), command
 
 

@@ -7,7 +7,7 @@ from sparsify.evals import comparison_plot, sweep_plot
 from sparsify.evals.comparison_summary import Section, Spread, perplexity, sections
 from sparsify.evals.report_page import Grid, Painter, Part, Picture
 from sparsify.evals.report_results import Results, Stored, Subject
-from sparsify.evals.report_text import NONE, share, size
+from sparsify.evals.report_text import NONE, share, size, task_score
 from sparsify.evals.report_text import perplexity as shown
 from sparsify.evals.sweep import Frontier, Point, marks
 
@@ -83,13 +83,6 @@ def _protocol(entry: dict[str, Any]) -> str:
     )
 
 
-def _score(side: dict[str, Any] | None) -> str:
-    if side is None:
-        return NONE
-    error = "" if side["stderr"] is None else f" ± {side['stderr']:.4f}"
-    return f"{side['value']:.4f}{error}"
-
-
 def _label(score: dict[str, Any]) -> str:
     filtered = "" if score["filter"] == "none" else f", {score['filter']}"
     return f"{score['task']}, {score['metric']}{filtered}"
@@ -98,7 +91,7 @@ def _label(score: dict[str, Any]) -> str:
 def _tasks(entry: dict[str, Any]) -> Grid:
     rows = [
         (
-            _label(score), _score(score["dense"]), _score(score.get("sparse")), share(score.get("recovery")),
+            _label(score), task_score(score["dense"]), task_score(score.get("sparse")), share(score.get("recovery")),
             _difference(score), str(score["documents"] or NONE),
         )
         for score in entry["scores"]
@@ -149,7 +142,9 @@ def _task_picture(entry: dict[str, Any], painter: Painter, name: str) -> Picture
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside lower right", ncols=2, frameon=False)
 
-    said = "; ".join(f"{_label(s)} dense {_score(s['dense'])}, sparse {_score(s.get('sparse'))}" for s in scores)
+    said = "; ".join(
+        f"{_label(s)} dense {task_score(s['dense'])}, sparse {task_score(s.get('sparse'))}" for s in scores
+    )
     return painter.draw(
         name, (6.4, 1.4 + 0.36 * len(scores)), paint, alt=f"Scores dense and sparse: {said}.",
         caption="Scores of lm-eval's tasks, dense and sparse, with standard errors.",

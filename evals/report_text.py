@@ -25,6 +25,16 @@ def perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 1e4 else f"{value:.2e}"
 
 
+def task_score(side: Mapping[str, Any] | None) -> str:
+    """Returns "0.6000 ± 0.2449" of a task's value and stderr; of values of a thousand and more, three digits."""
+    if side is None:
+        return NONE
+    value, error = side["value"], side["stderr"]
+    if abs(value) < 1e3:
+        return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{value:.3g}" + ("" if error is None else f" ± {error:.1g}")
+
+
 def place(name: str) -> tuple[int | None, str]:
     """Returns the layer and the projection of a linear's name: (3, "self_attn.q_proj"); None outside of layers."""
     match = re.search(r"\.(\d+)\.(.+)$", name)

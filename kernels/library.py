@@ -15,7 +15,7 @@ import torch
 from sparsify.errors import SparsifyError, suggest
 from sparsify.kernels.build import library_path
 
-ABI = 1
+ABI = 2
 # Tokens that one call takes: SP_MAX_TOKENS.
 MAX_TOKENS = 8
 # sp_status
@@ -56,6 +56,7 @@ class CBlock(Structure):
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
         *((name, CLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("cut", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("sequence_stride", c_int64),

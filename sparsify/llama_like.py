@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.linear import SparseLinear
+from sparsify.relu_layer import FatRelu
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 # Rotary embeddings whose angles depend on nothing but the position.
@@ -77,7 +78,7 @@ def _wrong_modules(model: PreTrainedModel, backend: str) -> str | None:
             "transformers.activations",
             "torch.nn.modules.activation",
         )
-        if not known and type(module) not in (nn.Linear, nn.Embedding, nn.ModuleList):
+        if not known and type(module) not in (nn.Linear, nn.Embedding, nn.ModuleList, FatRelu):
             return f"{name} is a {type(module).__qualname__}, not a part of {family}"
         if "forward" in module.__dict__:
             return f"the forward of {name} was replaced"

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels.reference import BACKEND, keep_mask, masked_linear
 from sparsify.linear import SparseConv1D, SparseLayer, SparseLinear, make_sparse
-from sparsify.neuron_cut import Mlp, NeuronCuts, is_activation, zero_at_zero
+from sparsify.neuron_cut import Mlp, NeuronCut, NeuronCuts, is_activation, zero_at_zero
 from sparsify.prompt_choice import PromptChoices, follow_prompts
+from sparsify.relu_layer import place_relu, relu_problem
 from sparsify.token_cut import k_problem
 
 
@@ -168,21 +169,30 @@ def place_neuron_layers(model: nn.Module, cuts: NeuronCuts) -> None:
         if problem is not None:
             raise CheckpointError(f"quantization_config has an MLP that is not this model's: {problem}")
         taken.update(mlp.linears)
-        place = _place_gated if cuts.cut == "gate-threshold" else _place_prompted
-        for name, layer in place(mlp, modules, choices).items():
+        for name, layer in _place(mlp, cuts.cut, modules, choices).items():
             model.set_submodule(name, layer)
     if cuts.cut == "prompt-top-k":
         follow_prompts(model, choices)
 
 
+def _place(mlp: Mlp, cut: NeuronCut, modules: dict[str, nn.Module], choices: PromptChoices) -> dict[str, nn.Module]:
+    if cut == "relu":
+        return place_relu(mlp, modules)
+    return _place_gated(mlp, modules) if cut == "gate-threshold" else _place_prompted(mlp, modules, choices)
+
+
 def _problem_of(mlp: Mlp, cuts: NeuronCuts, modules: dict[str, nn.Module], taken: set[str]) -> str | None:
+    if not taken.isdisjoint(mlp.linears):
+        return f"a linear of {mlp.down}'s is not a converted linear of its own: another MLP has it"
+    if cuts.cut == "relu":
+        return relu_problem(mlp, modules)
     rows = mlp.neurons * (2 if mlp.fused else 1)
     if mlp.down in (mlp.gate, mlp.up):
         return f"{mlp.down} is named twice"
     for name in mlp.linears:
         layer = modules.get(name)
         # The types themselves: their subclasses have another cut.
-        own = type(layer) in (SparseLinear, SparseConv1D) and name not in taken
+        own = type(layer) in (SparseLinear, SparseConv1D)
         if not isinstance(layer, SparseLayer) or not own or layer.rank or layer.scale is not None:
             return f"{name} is not a converted linear of its own, without another cut, scales and low rank"
         size, found = (mlp.neurons, layer.sparse_in) if name == mlp.down else (rows, layer.sparse_out)
@@ -195,7 +205,7 @@ def _problem_of(mlp: Mlp, cuts: NeuronCuts, modules: dict[str, nn.Module], taken
     return None
 
 
-def _place_gated(mlp: Mlp, modules: dict[str, nn.Module], choices: PromptChoices) -> dict[str, nn.Module]:
+def _place_gated(mlp: Mlp, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     assert mlp.gate is not None
     gate = _remake(modules[mlp.gate], (GateLinear, GateConv1D))
     assert isinstance(gate, _Gate)

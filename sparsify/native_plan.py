@@ -12,6 +12,7 @@ from sparsify.kernels.native import checked
 from sparsify.kernels.spec import SparseTensors
 from sparsify.linear import SparseLinear
 from sparsify.llama_like import Watch, problem_of
+from sparsify.relu_layer import ReluUpLinear
 
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -78,6 +79,8 @@ class NativePlan:
             if isinstance(module, SparseLinear) and module.sparse_bias is not None:
                 dense = None if module.bias is None else self._pointer(module.bias)
                 self._biases.append((getattr(c_block, name), self._pointer(module.sparse_bias), dense))
+        if isinstance(mlp.up_proj, ReluUpLinear):
+            c_block.cut = self._pointer(mlp.up_proj.cut)
         c_block.attention_norm = self._pointer(block.input_layernorm.weight)
         c_block.mlp_norm = self._pointer(block.post_attention_layernorm.weight)
         if hasattr(attention, "q_norm"):

@@ -4,7 +4,7 @@ Every linear of the blocks becomes a sparse layer, so that one ledger holds them
 channel. Not covered: shares that differ from MLP to MLP.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -36,7 +36,7 @@ _ERROR_WINDOWS = 8
 
 
 @dataclass
-class _Fit:
+class NeuronFit:
     """An MLP's density and its number, t or k, with its error sum while it is measured."""
 
     mlp: Mlp
@@ -59,11 +59,11 @@ def convert_neurons(
     """Converts the model in place and returns it. Raises SparsifyError as sparsify.conversion.convert does."""
     _refuse_allocation(allocation, method)
     cut = method.neuron_cut
-    fits: list[_Fit] = []
+    fits: list[NeuronFit] = []
     if method.sparsity > 0.0:
         fits = plan_neurons(model, method, targets, shapes, calibration.tokens[:1, :8])
         _fit(model, fits, cut, calibration, progress)
-        _measure_errors(model, fits, cut, calibration, progress)
+        measure_neuron_errors(model, fits, cut, calibration, progress)
     entries = _entries(shapes, fits, cut)
     neurons = NeuronCuts(cut, tuple(fit.mlp for fit in fits)) if fits else None
     _swap(model, shapes, entries, neurons, fits)
@@ -85,7 +85,7 @@ def convert_neurons(
 
 def plan_neurons(
     model: PreTrainedModel, method: NeuronMethod, targets: Targets, shapes: Mapping[str, LinearShape], tokens: Tensor
-) -> list[_Fit]:
+) -> list[NeuronFit]:
     """Returns the MLPs that the method cuts, with their densities; runs one short forward on tokens [1, S].
 
     Raises SparsifyError where the model has none, or the budget cannot be met.
@@ -93,7 +93,7 @@ def plan_neurons(
     cut = method.neuron_cut
     mlps = cut_mlps(model, find_mlps(model, targets, tokens), cut, method.name)
     densities = neuron_densities(shapes, mlps, cut, sparsity=method.sparsity, method=method.name)
-    return [_Fit(mlp, densities[mlp.down]) for mlp in mlps]
+    return [NeuronFit(mlp, densities[mlp.down]) for mlp in mlps]
 
 
 def _refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> None:
@@ -106,7 +106,7 @@ def _refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> 
 
 
 def _fit(
-    model: PreTrainedModel, fits: list[_Fit], cut: NeuronCut, calibration: Calibration, progress: Progress | None
+    model: PreTrainedModel, fits: list[NeuronFit], cut: NeuronCut, calibration: Calibration, progress: Progress | None
 ) -> None:
     """Sets k, or t: the quantile of |act(gate x)| on the calibration text, MLP by MLP (arXiv 2404.08763)."""
     if cut == "prompt-top-k":
@@ -133,8 +133,12 @@ def _fit(
         fit.number = max(histogram.threshold(fit.density), 0.0)
 
 
-def _measure_errors(
-    model: PreTrainedModel, fits: list[_Fit], cut: NeuronCut, calibration: Calibration, progress: Progress | None
+def measure_neuron_errors(
+    model: PreTrainedModel,
+    fits: Sequence[NeuronFit],
+    cut: NeuronCut,
+    calibration: Calibration,
+    progress: Progress | None,
 ) -> None:
     """Sums ‖ŷ − y‖²/‖y‖² of every MLP's output over the tokens of some windows, on dense inputs.
 
@@ -147,7 +151,7 @@ def _measure_errors(
     def see(name: str, x: Tensor) -> None:
         fit, number = by_down[name], torch.tensor(by_down[name].number, device=x.device)
         h = x.reshape(-1, x.shape[-1])
-        if cut == "gate-threshold":
+        if cut != "prompt-top-k":
             keep = keep_mask(activated[fit.mlp.activation].reshape(h.shape), number)
         else:
             prompt = (len(h) + 1) // 2
@@ -174,9 +178,17 @@ def _measure_errors(
             handle.remove()
 
 
-def _entries(shapes: Mapping[str, LinearShape], fits: list[_Fit], cut: NeuronCut) -> dict[str, LinearEntry]:
-    """Returns what the configuration says of every linear; an MLP's error stands at its down."""
+def _entries(shapes: Mapping[str, LinearShape], fits: list[NeuronFit], cut: NeuronCut) -> dict[str, LinearEntry]:
+    """Returns what the configuration says of every linear."""
     entries = {name: LinearEntry(0.0, 1.0, 0, False, 1.0, 0.0) for name in shapes}
+    return entries | neuron_entries(shapes, fits, cut)
+
+
+def neuron_entries(
+    shapes: Mapping[str, LinearShape], fits: Sequence[NeuronFit], cut: NeuronCut
+) -> dict[str, LinearEntry]:
+    """Returns what the configuration says of the linears that are cut; an MLP's error stands at its down."""
+    entries = {}
     for fit in fits:
         for name, share in fit.mlp.shares(cut).items():
             density = 1.0 - share * (1.0 - fit.density)
@@ -197,7 +209,7 @@ def _swap(
     shapes: Mapping[str, LinearShape],
     entries: Mapping[str, LinearEntry],
     neurons: NeuronCuts | None,
-    fits: list[_Fit],
+    fits: list[NeuronFit],
 ) -> None:
     switch = SparsitySwitch()
     for name in shapes:

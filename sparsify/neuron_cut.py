@@ -1,7 +1,8 @@
 """What is cut where whole neurons of an MLP are chosen: gate and up by rows, down by columns (sparsify.mlp_layer).
 
 gate-threshold keeps neuron i of a token where |act(gate_i)| > t (CATS, arXiv 2404.08763): rows of up and columns of
-down. prompt-top-k keeps k neurons of a sequence, which its prompt chooses (GRIFFIN, arXiv 2404.01365): in all of them.
+down. relu keeps it where the ReLU of its gate, or of up where there is none, is above t. prompt-top-k keeps k neurons
+of a sequence, which its prompt chooses (GRIFFIN, arXiv 2404.01365): in all of them.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-NeuronCut = Literal["gate-threshold", "prompt-top-k"]
+NeuronCut = Literal["gate-threshold", "prompt-top-k", "relu"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Mlp:
         """Returns the share of each linear's weight that is touched for chosen neurons only, by name."""
         if cut == "prompt-top-k":
             return dict.fromkeys(self.linears, 1.0)
+        if cut == "relu" and (self.gate is None or self.fused):
+            return {self.down: 1.0}
         return {self.up: 0.5 if self.fused else 1.0, self.down: 1.0}
 
 
@@ -53,7 +56,7 @@ class NeuronCuts:
 def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation function of transformers or torch, with no modules inside."""
     known = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    return known and not any(True for _ in module.children())
+    return (known or isinstance(module, nn.ReLU)) and not any(True for _ in module.children())
 
 
 def zero_at_zero(activation: nn.Module) -> bool:

@@ -126,9 +126,12 @@ def _source(repository: Path) -> set[str]:
     found = {"sparsify_autoload.py"}
     for folder, _, files in os.walk(repository / "sparsify", followlinks=True):
         relative = Path(folder).relative_to(repository)
-        data = {"reference": (".json", ".safetensors", ".md"), "recipes": (".yaml",), "evals": (".j2",)}.get(
-            relative.name, ()
-        )
+        data = {
+            "reference": (".json", ".safetensors", ".md"),
+            "recipes": (".yaml",),
+            "tasks": (".yaml",),
+            "evals": (".j2",),
+        }.get(relative.name, ())
         found |= {str(relative / name) for name in files if name.endswith((".py", *data))}
     return found | _c_sources(repository)
 

@@ -39,8 +39,9 @@ typedef struct {
     float *partial; /* what sp_partial needs */
 } step_own;
 
-static sp_gated gated(const sp_decoder *m, const sp_block *b) {
-    sp_gated mlp = {(int)m->dtype, (int)m->activation, 0.0f, &b->gate, &b->up, &b->down};
+static sp_gated gated(const sp_decoder *m, const sp_block *b, int run_dense) {
+    float cut = b->cut && !run_dense ? *b->cut : 0.0f;
+    sp_gated mlp = {(int)m->dtype, (int)m->activation, cut, &b->gate, &b->up, &b->down};
     return mlp;
 }
 
@@ -48,7 +49,7 @@ static sp_gated gated(const sp_decoder *m, const sp_block *b) {
 static size_t largest_mlp(const sp_decoder *m, int64_t tokens) {
     size_t most = 0;
     for (int64_t b = 0; b < m->blocks; b++) {
-        sp_gated mlp = gated(m, &m->block[b]);
+        sp_gated mlp = gated(m, &m->block[b], 1);
         size_t size = sp_gated_size(&mlp, tokens);
         most = size > most ? size : most;
     }
@@ -211,7 +212,7 @@ static void run_block(const step *s, const step_own *own, const step_room *room,
     add(s, room, room->out, begin, end);
     sp_barrier(member);
     for (int64_t t = 0; t < s->tokens; t++) norm(s, own, room->hidden + t * D, block->mlp_norm, D, own->x + t * D);
-    sp_gated mlp = gated(m, block);
+    sp_gated mlp = gated(m, block, s->run_dense);
     sp_gated_part(&mlp, &room->mlp, &own->work, member, own->x, D, s->tokens, s->run_dense, own->partial, &begin,
                   &end);
     add(s, room, room->mlp.out, begin, end);
@@ -236,7 +237,7 @@ static void step_part(void *argument, sp_member *member) {
     sp_barrier(member);
     for (int64_t b = 0; b < m->blocks; b++) {
         char *memory = shared;
-        sp_gated mlp = gated(m, &m->block[b]);
+        sp_gated mlp = gated(m, &m->block[b], 1);
         room.mlp = sp_gated_room_in(&memory, &mlp, s->tokens);
         run_block(s, &own, &room, member, &m->block[b]);
     }

@@ -62,7 +62,8 @@ static void neurons(const sp_gated *mlp, const sp_gated_room *room, const sp_wor
     int dtype = mlp->dtype;
     int64_t size = mlp->gate->outputs, begin, end;
     float *up_partial = partial + tokens * size;
-    int rows_of_active = mlp->activation == SP_RELU && mlp->up->by_rows && tokens == 1 && !sp_has_low_rank(mlp->up, run_dense);
+    int rows_of_active = !run_dense && mlp->activation == SP_RELU && mlp->up->by_rows && tokens == 1 &&
+                         !sp_has_low_rank(mlp->up, run_dense);
     sp_partial(work, member, dtype, x, inputs, tokens, mlp->gate, run_dense, room->gate_low, partial, room->gate);
     if (!rows_of_active)
         sp_partial(work, member, dtype, x, inputs, tokens, mlp->up, run_dense, room->up_low, up_partial, room->up);

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised with every change of a struct or a function here; the Python side refuses another one. */
-#define SP_ABI 1
+#define SP_ABI 2
 #define SP_MAX_TOKENS 8
 #define SP_MAX_SITE 8
 
@@ -54,6 +54,7 @@ typedef struct {
         };
         sp_linear linear[7];
     };
+    const float *cut; /* FATReLU's, one value, or NULL: 0; a dense step has none, and computes all rows of up */
     /* The cache of this block: [T, kv_heads, capacity, head_dim] by these strides; `length` tokens are there. */
     void *keys;
     void *values;

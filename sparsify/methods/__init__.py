@@ -8,7 +8,7 @@ A module with METHOD, SUMMARY, PAPER and FACTS is one.
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -114,7 +114,8 @@ class MethodInfo:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return tuple(f.name for f in fields(self.config_class))
+        """Names of the options, as users give them."""
+        return tuple(f.name for f in fields(self.config_class) if f.metadata.get("option", True))
 
     def configure(self, **options: Any) -> AnyMethod:
         """Returns the configured method. Raises SparsifyError for an option that it does not take or is missing."""
@@ -131,6 +132,24 @@ class MethodInfo:
         return self.config_class(**options)
 
 
+@dataclass(frozen=True)
+class CombinedInfo(MethodInfo):
+    """relu with another method for the linears that ReLU does not settle."""
+
+    others: MethodInfo
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*super().options, *self.others.options)))
+
+    def configure(self, **options: Any) -> AnyMethod:
+        own = {name: options.pop(name) for name in super().options if name in options and name != "sparsity"}
+        others = self.others.configure(**options)
+        make: Any = self.config_class
+        combined: AnyMethod = make(sparsity=others.sparsity, others=others, **own)
+        return combined
+
+
 @cache
 def available() -> dict[str, MethodInfo]:
     """Returns every method of this installation by name."""
@@ -143,8 +162,28 @@ def available() -> dict[str, MethodInfo]:
 
 
 def get_method(name: str) -> MethodInfo:
-    """Returns a method by name. Raises SparsifyError with the nearest name for an unknown one."""
+    """Returns a method by name, or two as relu+NAME. Raises SparsifyError with the nearest name for an unknown one."""
     methods = available()
+    first, plus, second = name.partition("+")
+    if plus:
+        return _combined(name, get_method(first), get_method(second))
     if name not in methods:
         raise SparsifyError(f"unknown method {name!r}: available are {', '.join(methods)}.{suggest(name, methods)}")
     return methods[name]
+
+
+def _combined(name: str, first: MethodInfo, second: MethodInfo) -> MethodInfo:
+    if first.name != "relu" or hasattr(second.config_class, "neuron_cut"):
+        raise SparsifyError(
+            f"{name!r} cannot be combined: relu may stand before a method of channels, such as relu+teal or "
+            "relu+rsparse"
+        )
+    kernels = tuple(kernel for kernel in first.facts.kernels if kernel in second.facts.kernels)
+    facts = replace(
+        first.facts,
+        sparsifies=f"{first.facts.sparsifies}; of the other linears {second.facts.sparsifies}",
+        rule=f"{first.facts.rule}; {second.facts.rule}",
+        tensor_parallel=first.facts.tensor_parallel and second.facts.tensor_parallel,
+        kernels=kernels,
+    )
+    return CombinedInfo(name, first.summary, f"{first.paper}; {second.paper}", facts, first.config_class, second)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import sparsify
 from sparsify import Calibration, RSparse, SparsifyError, Teal, Wina
 from sparsify.allocation.sensitivity import Sensitivity
-from sparsify.conversion import _prepare
+from sparsify.channel_conversion import prepare
 from sparsify.methods import Method
 from sparsify.targets import find_targets, linear_shapes
 from sparsify.trial import Trial, dense_log_probabilities, input_gradients, kl_divergence
@@ -82,7 +82,7 @@ def test_logits_that_are_not_finite_are_refused(tiny_llama: PreTrainedModel, tin
 def trial_of(model: PreTrainedModel, method: Method, tokens: torch.Tensor) -> Trial:
     targets = find_targets(model, tokens[:1, :8])
     shapes = linear_shapes(model, targets)
-    trial = Trial(model, _prepare(model, targets, shapes))
+    trial = Trial(model, prepare(model, targets, shapes))
     trial.place({name: method.candidates(name, shape)[0] for name, shape in shapes.items()})
     with trial.calibrating(), torch.no_grad():
         model(tokens)

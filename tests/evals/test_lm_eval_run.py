@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.evals import lm_eval_tasks
 from sparsify.evals.lm_eval_run import run_tasks
 from sparsify.evals.lm_eval_tasks import SUITES, Tasks, load_tasks
+from sparsify.evals.rouge import score_summary
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'sparsify-llm[eval]'")
 
@@ -246,9 +248,46 @@ def test_a_group_is_scored_as_a_whole_too(tiny_sparse: Path, own_tasks: Path) ->
 
 
 @pytest.mark.slow
-def test_suites_name_tasks_that_lm_eval_has(index: Any) -> None:
+def test_suites_name_tasks_that_there_are(index: Any) -> None:
     for suite in SUITES.values():
-        assert set(suite.tasks) <= set(index.all_subtasks)
+        assert set(suite) - {"xsum_rouge"} <= set(index.all_subtasks)
+
+
+def test_rouge_is_that_of_the_summary_written() -> None:
+    found = score_summary({"summary": "The cat sat on the mat"}, ["the cats sat on a mat"])
+    # Of 6 words each, stemmed, 5 are the same (cat, sat, on, mat, one the) and 2 of 5 pairs: the cat, cat sat, sat on.
+    assert found == pytest.approx({"rouge1": 5 / 6, "rouge2": 3 / 5, "rougeL": 5 / 6})
+    assert score_summary({"summary": "The cat sat"}, [""]) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
+def test_articles_are_summarised(tiny_sparse: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "xsum_rouge"
+    folder.mkdir()
+    rows = [
+        {"document": f"On day {day} it rained.\nThen it stopped.", "summary": f"Rain on day {day}."} for day in "123"
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = _run(tiny_sparse, load_tasks(["xsum_rouge"], data=tmp_path), limit=2, log_samples=True)
+    assert {score["metric"] for score in result["scores"]} == {"rouge1", "rouge2", "rougeL"}
+    assert result["tasks"]["xsum_rouge"]["split"] == "test"
+    sample = result["lm_eval"]["dense"]["samples"]["xsum_rouge"][0]
+    assert sample["arguments"][0][0].endswith("Then it stopped.\n\nSummary of the article in one sentence:")
+    written = sample["resps"][0][0]
+    assert "\n" not in written
+    assert sample["rougeL"] == score_summary(rows[0], [written])["rougeL"]
+
+
+def test_a_model_whose_prompts_choose_needs_prompts(tiny_dense: Path, own_tasks: Path, tmp_path: Path) -> None:
+    model = sparsify.load_dense(str(tiny_dense), dtype="float32")
+    sparsify.convert(model, sparsify.Griffin(0.3), sparsify.Calibration(torch.randint(0, 64, (4, 32)), "random"))
+    sparsify.save(model, tmp_path / "griffin", sparsify.load_tokenizer(str(tiny_dense)))
+    tasks = partial(load_tasks, ["sums"], include_path=own_tasks)
+    with pytest.raises(SparsifyError, match=r"every-token has no prompt.*--protocol decode"):
+        _run(tmp_path / "griffin", tasks())
+    with pytest.raises(SparsifyError, match="no dense prompt in task text"):
+        _run(tmp_path / "griffin", load_tasks(["text"], include_path=own_tasks), protocol="decode")
+    result = _run(tmp_path / "griffin", tasks(), protocol="decode")
+    assert 0.2 < result["tasks"]["sums"]["realised_sparsity"] < 0.4
 
 
 def test_lm_eval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

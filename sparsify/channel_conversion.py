@@ -1,0 +1,146 @@
+"""Channels chosen for the linears of a model: rotate → allocate → fit → measure → choose, and the swap of layers.
+
+The allocation says which candidates each linear has: with `uniform`, the method's own at its sparsity. One pass over
+the calibration text streams score histograms, from which every candidate gets its threshold (`fitting`); where it was
+asked for, another one means what candidates drop; a pass over a part of it measures every candidate's output error, and
+each linear keeps its best. auto rotates the model first where it can, and learns its compensation last.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from sparsify.allocation import Allocation, Problem, allocation_of
+from sparsify.budget import LinearShape
+from sparsify.calibration import Calibration, Progress
+from sparsify.compensation import compensate_means, learned_or_not, with_uncompensated
+from sparsify.config import LinearEntry
+from sparsify.fitting import Fit, best, fit_candidates, measure_errors
+from sparsify.linear import SparsitySwitch
+from sparsify.methods import Method
+from sparsify.rotation import rotate as rotate_model
+from sparsify.rotation import rotation_problem
+from sparsify.runtime import sparse_layers
+from sparsify.targets import Targets, dense_weight
+from sparsify.token_layer import link_rotations, make_layer
+from sparsify.trial import TargetLinear
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What was chosen: the linears and their fits by name, the allocation's name, whether the model was rotated."""
+
+    linears: Mapping[str, TargetLinear]
+    fits: Mapping[str, Fit]
+    allocation: str
+    rotated: bool
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """{rotated linear: the first of its site, which stores the rotation}."""
+        first: dict[int, str] = {}
+        turned = [name for name, fit in self.fits.items() if fit.rotation is not None]
+        return {name: first.setdefault(self.linears[name].site, name) for name in turned}
+
+    def entries(self) -> dict[str, LinearEntry]:
+        """Returns what the configuration says of every linear."""
+        entries, owners = {}, self.owners
+        for name, linear in self.linears.items():
+            c = self.fits[name].candidate
+            error = self.fits[name].error / max(self.fits[name].tokens, 1)
+            ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
+            entries[name] = LinearEntry(
+                c.sparsity,
+                c.rho,
+                c.rank,
+                c.scaled,
+                c.density,
+                error,
+                ranks,
+                c.cut,
+                c.compensated or None,
+                owners.get(name),
+            )
+        return entries
+
+
+def choose_channels(
+    model: PreTrainedModel,
+    method: Method,
+    calibration: Calibration,
+    targets: Targets,
+    shapes: Mapping[str, LinearShape],
+    *,
+    allocation: Allocation | str | None,
+    rotate: bool,
+    progress: Progress | None,
+) -> Channels:
+    """Returns the choice for the linears of `shapes`; the model is rotated by then where that was asked for."""
+    method = method.bind(shapes)
+    chooser = allocation_of(allocation, method)
+    rotate = rotate or _rotates(model, method)
+    if rotate:
+        rotate_model(model, calibration, progress=progress)
+    linears = prepare(model, targets, shapes)
+    choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
+    learns = bool(getattr(method, "learns_compensation", False))
+    if learns:
+        choices = with_uncompensated(choices, shapes)
+    fits = fit_candidates(model, linears, choices, calibration, progress)
+    if not learns:
+        compensate_means(model, linears, fits, calibration, progress)
+    measure_errors(model, linears, fits, calibration, progress)
+    chosen = learned_or_not(model, linears, fits, calibration, progress) if learns else best(fits)
+    return Channels(linears, chosen, chooser.name, rotate)
+
+
+def _rotates(model: PreTrainedModel, method: Method) -> bool:
+    rotation = getattr(method, "rotation", None)
+    if rotation == "where-possible":
+        return method.sparsity > 0.0 and rotation_problem(model) is None
+    return rotation == "model"
+
+
+def prepare(model: PreTrainedModel, targets: Targets, shapes: Mapping[str, LinearShape]) -> dict[str, TargetLinear]:
+    """Returns the linears of `shapes` with their site and column norms."""
+    sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
+    modules = {name: model.get_submodule(name) for name in shapes}
+    return {
+        name: TargetLinear(
+            modules[name], sites[name], dense_weight(modules[name]).detach().double().norm(dim=0).float()
+        )
+        for name in shapes
+    }
+
+
+def swap_channels(model: PreTrainedModel, channels: Channels, switch: SparsitySwitch) -> None:
+    """Puts sparse layers with the fitted tensors in the place of the linears."""
+    for name, linear in channels.linears.items():
+        fit = channels.fits[name]
+        c = fit.candidate
+        layer = make_layer(
+            linear.module,
+            cut=c.cut,
+            scaled=c.scaled,
+            rank=c.rank,
+            compensated=c.compensated,
+            rotated=c.rotated,
+            switch=switch,
+        )
+        layer.threshold.fill_(fit.threshold)
+        if layer.scale is not None and fit.scale is not None:
+            layer.scale.copy_(fit.scale)
+        if fit.lr_a is not None and fit.lr_b is not None and layer.lr_a is not None and layer.lr_b is not None:
+            layer.lr_a.copy_(fit.lr_a)
+            layer.lr_b.copy_(fit.lr_b)
+        if layer.sparse_bias is not None and fit.compensation is not None:
+            # The unfitted layer's is the dense bias, or 0; the sum is rounded once.
+            layer.sparse_bias.copy_(layer.sparse_bias.float() + fit.compensation)
+        model.set_submodule(name, layer)
+    layers, owners = sparse_layers(model), channels.owners
+    link_rotations(layers, owners)
+    for name in owners.values():
+        rotation = channels.fits[name].rotation
+        assert rotation is not None
+        layers[name].get_buffer("rotation").copy_(rotation)
