@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 # Seven in each of 1,024 blocks, and some.
 _MOST_LINEARS = 10_000
 _LARGEST = 1 << 48
-_NAME = re.compile(r"[A-Za-z][\w-]{0,63}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z][\w.+-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,14 @@ class SparsifyConfig(QuantizationConfigMixin):
                 f"{where}: schema_version is {version!r}, this sparsify reads {SCHEMA_VERSION}: "
                 "convert the model again, or install the sparsify that wrote it"
             )
-        raw = from_mapping(_Schema, config_dict, where=where, error=CheckpointError)
-        for key, names in (("linears", raw.linears), ("sites", raw.sites), ("left_dense", raw.left_dense)):
-            if len(names) > _MOST_LINEARS:
+        for key in ("linears", "sites", "left_dense"):
+            names = config_dict.get(key)
+            if isinstance(names, Mapping | list) and len(names) > _MOST_LINEARS:
                 raise CheckpointError(f"{where}: {key} has {len(names):,} entries, {_MOST_LINEARS:,} at most are read")
+        raw = from_mapping(_Schema, config_dict, where=where, error=CheckpointError)
         for key, value in (("method", raw.method), ("allocation", raw.allocation)):
             if not _NAME.fullmatch(value):
-                raise CheckpointError(f"{where}: {key} is {value!r}, a name of letters, digits and - is expected")
+                raise CheckpointError(f"{where}: {key} is {value!r}, a name of letters, digits, . + and - is expected")
         if raw.prefill not in get_args(Prefill):
             raise CheckpointError(f"{where}: prefill is {raw.prefill!r}, allowed are {', '.join(get_args(Prefill))}")
         sparsity = raw.method_config.get("sparsity", math.nan)

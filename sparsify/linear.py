@@ -4,7 +4,6 @@ They never learn which method made their tensors. Every value that inference use
 keeps its name and shape, so a checkpoint is still the dense model where this package is not installed.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
@@ -50,6 +49,8 @@ class SparseLayer(nn.Module):
     backend_name: str | None
     # The share of channels that calibration text kept: a hint for choosing a kernel.
     density: float | None = None
+    # Whether other modules read this one's buffers, so that they must stay in memory.
+    lends_buffers = False
 
     def _add_buffers(
         self, inputs: int, outputs: int, *, scaled: bool, rank: int, compensated: bool, switch: SparsitySwitch
@@ -110,8 +111,8 @@ class SparseLayer(nn.Module):
 
     def threshold_problem(self, value: float) -> str | None:
         """Returns what is wrong with a finite threshold read from a file, in one line; None where nothing is."""
-        if value != -1.0 and math.copysign(1.0, value) < 0.0:
-            return f"holds {value:g}, it must be at least 0 (and not -0), or -1 to keep every channel"
+        if value < 0.0 and value != -1.0:
+            return f"holds {value:g}, it must be at least 0, or -1 to keep every channel"
         return None
 
     def _run(self, x: Tensor) -> Tensor | None:

@@ -5,8 +5,6 @@ choice leave it to down's. So the products are the plain reference's, which comp
 fast kernels; these layers refuse every backend but the reference, except down after a gate, whose input holds zeros.
 """
 
-from math import copysign
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,8 +55,7 @@ class _Gate(_NeuronLayer):
         return torch.cat([gate, neurons], dim=-1) if self.fused else gate
 
     def threshold_problem(self, value: float) -> str | None:
-        negative = copysign(1.0, value) < 0.0
-        return f"holds the threshold {value:g} of magnitudes, it must be at least 0" if negative else None
+        return f"holds the threshold {value:g} of magnitudes, it must be at least 0" if value < 0.0 else None
 
     def _run(self, x: Tensor) -> Tensor | None:
         if not self.switch.sparse:

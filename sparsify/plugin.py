@@ -67,7 +67,12 @@ class SparsifyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
         mapped = MappedWeights()
-        for layer in sparse_layers(model).values():
+        for name, layer in sparse_layers(model).items():
+            if layer.lends_buffers and any(b is not None and b.is_meta for b in layer._buffers.values()):
+                raise SparsifyError(
+                    f"{name} is offloaded with its buffers, which other layers need: load the model without "
+                    "offload_buffers=True"
+                )
             loaded = layer.weight.data
             layer.bind()
             if layer.weight.data_ptr() != loaded.data_ptr():

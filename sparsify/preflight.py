@@ -6,6 +6,7 @@ manifest's SHA-256 finds (`sparsify verify`).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -265,10 +266,16 @@ def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[
             raise CheckpointError(f"{full} is stored as {stored.dtype}, {wanted} is expected")
         if key in ADDED:
             values = _check_values(full, key, stored)
-            if key == "threshold" and (problem := layer.threshold_problem(float(values))) is not None:
+            if key == "threshold" and (problem := _threshold_problem(layer, float(values))) is not None:
                 raise CheckpointError(f"{full} {problem}: the checkpoint is damaged, convert again")
             if key == "rotation" and not is_rotation(values):
                 raise CheckpointError(f"{full} is not orthogonal: the checkpoint is damaged, convert again")
+
+
+def _threshold_problem(layer: SparseLinear | SparseConv1D, value: float) -> str | None:
+    if value == 0.0 and math.copysign(1.0, value) < 0.0:
+        return "holds -0, which no conversion writes"
+    return layer.threshold_problem(value)
 
 
 def _check_shape(name: str, shape: Sequence[int], tensor: torch.Tensor) -> None:

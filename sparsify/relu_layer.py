@@ -39,6 +39,7 @@ class ReluUpLinear(SparseLinear):
     """up of a gated MLP [F, I], row-major: a token needs the rows of neurons whose gate is above `threshold`, t."""
 
     gate: tuple[SparseLayer]
+    lends_buffers = True
 
     @property
     def cut(self) -> Tensor:

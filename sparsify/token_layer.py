@@ -44,6 +44,7 @@ class _RotatedTopK(_TopK):
     """y = W·Q·topk(Qᵀx) + b. Computed as W (Q topk(Qᵀx)): no second copy W·Q of a weight is held."""
 
     rotation: Tensor
+    lends_buffers = True
     # The layer of its site that stores Q, in a tuple: not one of this layer's modules.
     _owner: "tuple[_RotatedTopK, ...]" = ()
 
@@ -57,11 +58,6 @@ class _RotatedTopK(_TopK):
 
     def _basis(self, x: Tensor) -> Tensor:
         owner = self._owner[0] if self._owner else self
-        if owner.rotation.is_meta and not x.is_meta:
-            raise SparsifyError(
-                "the rotation of this layer is stored by another one, whose buffers are offloaded: load the model "
-                "without offload_buffers=True"
-            )
         return owner.rotation.to(x.device)
 
     def keep(self, x: Tensor) -> Tensor:

@@ -302,7 +302,7 @@ TENSORS: dict[str, tuple[Change, str]] = {
     "threshold is NaN": (_threshold(float("nan")), "not finite"),
     "threshold is infinite": (_threshold(float("inf")), "not finite"),
     "threshold is -infinite": (_threshold(float("-inf")), "not finite"),
-    "threshold is -0": (_threshold(-0.0), "holds -0, it must be at least 0"),
+    "threshold is -0": (_threshold(-0.0), "holds -0, which no conversion writes"),
     "threshold is negative": (_threshold(-5.0), "holds -5, it must be at least 0"),
 }
 

@@ -38,6 +38,7 @@ from sparsify.manifest import MANIFEST, check_manifest, checkpoint_sha256
 from sparsify.methods.cats import Cats
 from sparsify.methods.griffin import Griffin
 from sparsify.methods.larosa import Larosa
+from sparsify.methods.relu import Relu
 from sparsify.methods.statistical_topk import StatisticalTopK
 from sparsify.methods.teal import Teal
 from sparsify.methods.topk import TopK
@@ -66,6 +67,7 @@ METHODS: dict[str, Any] = {
     "rotated": Larosa(0.5, rotation="layer"),
     "gate-threshold": Cats(0.3),
     "prompt-top-k": Griffin(0.3),
+    "relu": Relu(),
 }
 SHARDED = ("rsparse", "rotated")
 JSON_FILES = ("config.json", MANIFEST, LEDGER, INDEX, "generation_config.json")
@@ -126,6 +128,7 @@ def _convert(name: str, out: Path) -> Path:
     config = LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, initializer_range=0.3, bos_token_id=0, eos_token_id=1, max_position_embeddings=64,
+        hidden_act="relu" if name == "relu" else "silu",
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
