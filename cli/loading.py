@@ -130,8 +130,14 @@ def identify(model: "PreTrainedModel") -> str | None:
 
 
 def made_from(spec: str) -> str:
-    """Returns the MODEL that a converted checkpoint was made from, by its sparsify.yaml; else the spec itself."""
+    """Returns the MODEL that a converted checkpoint was made from, by its sparsify.yaml; else the spec itself.
+
+    Raises CheckpointError for a sparsify.yaml that cannot be read.
+    """
     settings = Path(spec) / "sparsify.yaml"
     if not settings.is_file():
         return spec
-    return ConvertSettings.from_yaml(settings).model or spec
+    from sparsify.checkpoint import as_checkpoint_errors
+
+    with as_checkpoint_errors():
+        return ConvertSettings.from_yaml(settings).model or spec
