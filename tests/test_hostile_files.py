@@ -394,6 +394,7 @@ VALUES: dict[str, tuple[Change, str]] = {
     ),
     "dtype that is a function": (_says(dtype="load"), "could not be loaded"),
     "dtype of 8 bits": (_says(dtype="float8_e4m3fn"), "could not be loaded"),
+    "padding token of a billion": (_says(pad_token_id=10**9), "could not be loaded"),
     "unknown activation": (_says(hidden_act="nope"), "could not be loaded"),
 }
 
@@ -433,7 +434,7 @@ PLAIN_TAKES_MEMORY = {
 
 _THEIRS = (
     SparsifyError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError,
-    StrictDataclassError,
+    StrictDataclassError, AssertionError,
 )  # fmt: skip
 
 
