@@ -12,6 +12,7 @@ from sparsify.cli.loading import pick_device
 from sparsify.cli.measurement import measure
 from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p, convert_ppl_p
 from sparsify.cli.progress import Progress
+from sparsify.cli.relufy_conversion import is_relufy, relufy_model, said_of, save_plain, settle_relufy
 from sparsify.cli.settings import ConvertSettings
 from sparsify.cli.sites import check_budgets, describe_sites
 from sparsify.errors import SparsifyError, UnavailableError
@@ -33,13 +34,14 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     """
     from sparsify import checkpoint, models
     from sparsify.ledger import ledger_of
+    from sparsify.relufication import check_relufiable
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
     by_neurons = settings.method == PPL_P
     if by_neurons:
         check_ppl_p(settings)
-    settings = settle_budget(settings)
+    asked, settings = settings, settle_budget(settle_relufy(settings))
     method = None if by_neurons else _configure(settings)
     allocation = None if method is None else _allocate(settings, method)
     out = check_out(settings.out, needed=not dry_run)
@@ -47,14 +49,30 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     spec = _check_model(settings.model)
     tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
 
+    relufied: dict[str, Any] | None = None
+
     def make() -> "PreTrainedModel":
-        return _load_dense(spec, settings, device, progress)
+        nonlocal relufied
+        model = _load_dense(spec, settings, device, progress)
+        if is_relufy(asked) and not dry_run:
+            relufied = relufy_model(model, asked, calibration, windows, progress)
+        return model
 
     if dry_run or out is None:
         model = make()
-        if method is not None and allocation is not None:
+        if is_relufy(asked):
+            check_relufiable(model, asked.activation or "relu")
+        elif method is not None and allocation is not None:
             check_budgets(model, method, uniform=allocation.name == "uniform")
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
+    source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
+    if asked.plain:
+        model = make()
+        assert relufied is not None
+        progress.note(f"writing {out}")
+        save_plain(model, out, tokenizer, source, said_of(relufied))
+        report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
+        return report | {"relufied": relufied, "ledger": None, "measured": None, "budget": None}
     if method is not None and allocation is not None:
         model, met = meet_budget(settings, make, method, allocation, calibration, held_out, progress)
     else:
@@ -66,13 +84,15 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     measured = _measure(model, windows, progress) if windows is not None else None
     progress.note(f"writing {out}")
     card = _card_rows(measured) if measured is not None else None
-    source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
-    checkpoint.save(model, out, tokenizer, source=source, settings=asdict(settings), measured=card, budget=met.said)
+    how = None if relufied is None else said_of(relufied)
+    checkpoint.save(
+        model, out, tokenizer, source=source, settings=asdict(asked), measured=card, budget=met.said, relufied=how
+    )
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
         report
         | _describe(config)
-        | {"ledger": ledger_totals(ledger_of(model)), "measured": measured, "budget": met.found}
+        | {"ledger": ledger_totals(ledger_of(model)), "measured": measured, "budget": met.found, "relufied": relufied}
     )
 
 
@@ -110,7 +130,7 @@ def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
 
 def check_out(out: str | None, *, needed: bool) -> Path | None:
     """Checks, before hours of work, that the folder can be made at their end."""
-    from sparsify.checkpoint import check_output
+    from sparsify.new_folder import check_output
 
     if out is None:
         if needed:

@@ -12,6 +12,7 @@ from sparsify.cli.conversion import run_conversion
 from sparsify.cli.ledger_view import print_left_dense, totals_table
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, percent, seconds
 from sparsify.cli.progress import Progress
+from sparsify.cli.relufy_conversion import said_of
 from sparsify.cli.settings import ConvertSettings, parse_rho
 from sparsify.cli.sites import sites_table
 
@@ -110,6 +111,37 @@ def convert(
             show_default="0, which loses nothing",
         ),
     ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="relufy: what takes the activation's place, relu or relu2.", show_default="relu")
+    ] = None,
+    reconstruct: Annotated[
+        int | None,
+        typer.Option(
+            help="relufy: fit each MLP to its dense outputs in that many passes over the calibration text.",
+            show_default="0, the swap alone",
+        ),
+    ] = None,
+    reconstruct_inputs: Annotated[
+        str | None,
+        typer.Option(help="Of the model whose earlier MLPs are converted, or dense.", show_default="converted"),
+    ] = None,
+    reconstruct_weighting: Annotated[
+        str | None,
+        typer.Option(help="plain, or hessian: outputs count as the prediction depends on them.", show_default="plain"),
+    ] = None,
+    reconstruct_zeros: Annotated[
+        float | None,
+        typer.Option(help="Weight of small activations beside the error: more leaves more zeros.", show_default="0"),
+    ] = None,
+    reconstruct_state: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder that keeps each fitted MLP; with the same one a stopped fit goes on.", metavar="DIR"
+        ),
+    ] = None,
+    plain: Annotated[
+        bool | None, typer.Option("--plain", help="relufy: write an ordinary checkpoint, without sparse layers.")
+    ] = None,
     rotation: Annotated[
         str | None,
         typer.Option(help="larosa: model, one for all, or layer, one for each input.", show_default="model"),
@@ -183,7 +215,10 @@ def convert(
         "model": model, "out": out, "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase,
         "speedup": speedup, "held_out": held_out, "cost_table": cost_table, "allocation": allocation,
         "allocation_state": allocation_state, "rho": parse_rho(rho), "score": score, "recipe": recipe,
-        "compensate": compensate, "cut": cut, "rotation": rotation, "rotate": rotate,
+        "compensate": compensate, "cut": cut, "activation": activation,
+        "reconstruct": reconstruct, "reconstruct_inputs": reconstruct_inputs,
+        "reconstruct_weighting": reconstruct_weighting, "reconstruct_zeros": reconstruct_zeros,
+        "reconstruct_state": reconstruct_state, "plain": plain, "rotation": rotation, "rotate": rotate,
         "calibration": calibration, "sequences": sequences, "seq_len": seq_len, "prefill": prefill,
         "dtype": dtype, "device": device, "seed": seed, "eval_windows": eval_windows,
         "trust_remote_code": trust_remote_code,
@@ -206,13 +241,21 @@ def _render(console: Console, result: dict[str, Any]) -> None:
         print_left_dense(console, result["left_dense"])
         console.print(f"{result['linears']} linears at {result['sites']} input sites. Dry run: nothing was written.")
         return
+    if result["relufied"] is not None:
+        console.print(f"{said_of(result['relufied'])}.", markup=False)
+    if result["ledger"] is None:
+        console.print(f"[bold]Wrote {escape(result['out'])}[/] in {seconds(result['seconds'])}.")
+        return
     console.print(totals_table(result["ledger"]))
     print_left_dense(console, result["ledger"]["left_dense"])
     about = result["calibration"]
     allocation = "" if result["allocation"] == "uniform" else f", allocation {result['allocation']}"
+    nominal = result["ledger"]["nominal_sparsity"]
+    # The zeros of relu by itself are not asked for.
+    share = "" if result["method"] == "relu" else f" at {percent(nominal)}"
     worst = result["worst_error"]
     console.print(
-        f"{result['method']} at {percent(result['ledger']['nominal_sparsity'])}{allocation}, calibrated on "
+        f"{result['method']}{share}{allocation}, calibrated on "
         f"{about['sequences']} × {about['seq_len']} tokens of {about['source']}. Low rank pays in "
         f"{result['low_rank_linears']} of {result['ledger']['linears']} linears. Output error: mean "
         f"{percent(result['mean_error'])}, worst {percent(worst['error'])} ({worst['linear']}).",

@@ -32,6 +32,13 @@ class ConvertSettings:
     recipe: str | None = None
     compensate: bool = False
     cut: float | None = None
+    activation: str | None = None
+    reconstruct: int | None = None
+    reconstruct_inputs: str | None = None
+    reconstruct_weighting: str | None = None
+    reconstruct_zeros: float | None = None
+    reconstruct_state: str | None = None
+    plain: bool = False
     rotation: str | None = None
     rotate: bool = False
     calibration: str = "stdlib:calibration"

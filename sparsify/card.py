@@ -17,6 +17,7 @@ def render_card(
     source: str,
     measured: Mapping[str, Mapping[str, Any]] | None,
     budget: str | None = None,
+    relufied: str | None = None,
 ) -> str:
     """Returns README.md: front matter, the byte ledger's totals, and a table {row: {column: value}} of measurements."""
     lines = [
@@ -25,11 +26,12 @@ def render_card(
         "tags: [sparsify, activation-sparsity]",
         *([f"base_model: {source}"] if "/" in source and not source.startswith(("/", ".")) else []),
         "---",
-        f"# {source}, {config.method} at {config.sparsity:.0%}",
+        # The zeros of relu by itself are not asked for.
+        f"# {source}, {config.method}" + ("" if config.method == "relu" else f" at {config.sparsity:.0%}"),
         "",
-        f"Activation-sparse: each token uses the weight columns that matter for it. Made by sparsify "
-        f"{config.sparsify_version} from `{source}`; {_weights(config)}, so without sparsify this folder "
-        "loads as the dense model.",
+        "Activation-sparse: each token uses the weight columns that matter for it. Made by sparsify "
+        f"{config.sparsify_version} from `{source}`; {_weights(config, relufied)}, so without sparsify this folder "
+        f"loads as the dense {'ReLU model' if relufied else 'model'}.",
         "",
         "```python",
         "import sparsify  # pip install sparsify-llm",
@@ -41,6 +43,7 @@ def render_card(
         "|---|---|",
         f"| method | {config.method} ({_options(config)}) |",
         *([f"| budget | {budget} |"] if budget else []),
+        *([f"| ReLU-fication | {relufied} |"] if relufied else []),
         f"| nominal sparsity | {config.sparsity:.1%} |",
         f"| weighted sparsity (weight bytes of converted linears) | {ledger.weighted_sparsity:.2%} |",
         f"| whole-model sparsity (all weight bytes of a token) | {ledger.model_sparsity:.2%} |",
@@ -91,7 +94,9 @@ def _field(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _weights(config: SparsifyConfig) -> str:
+def _weights(config: SparsifyConfig, relufied: str | None) -> str:
+    if relufied:
+        return "its MLPs have ReLU now"
     if config.rotated:
         return "the dense weights were rotated, which changes what they compute by rounding only"
     return "the dense weights are unchanged"

@@ -1,10 +1,6 @@
 """Saves, loads and verifies converted checkpoints: a Hugging Face folder plus tensors, a ledger and a manifest."""
 
-import errno
 import json
-import os
-import shutil
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,27 +9,25 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.card import render_card
 from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.differences import json_differences
-from sparsify.errors import CheckpointError, SparsifyError, UnavailableError, one_line
+from sparsify.errors import CheckpointError, SparsifyError, one_line
 from sparsify.ledger import Ledger, ledger_of
 from sparsify.manifest import check_manifest, write_manifest
 from sparsify.model_config import check_implementations, check_model_config
 from sparsify.models import hub_errors, load_dense, parse_dtype, quiet, to_device
+from sparsify.new_folder import new_folder
 from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_folder, check_index, read_headers
 from sparsify.runtime import set_prefill, sparse_layers, switch_of
 from sparsify.strict import JSON_BYTES, read_json
-from sparsify.whole_file import sync
 
 LEDGER = "sparsify_ledger.json"
 SETTINGS = "sparsify.yaml"
 _READ_BESIDE = ("generation_config.json", "tokenizer_config.json")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(
@@ -45,31 +39,20 @@ def save(
     settings: Mapping[str, Any] | None = None,
     measured: Mapping[str, Mapping[str, Any]] | None = None,
     budget: str | None = None,
+    relufied: str | None = None,
 ) -> Path:
     """Writes the converted model to the new folder `out` and returns it.
 
     Everything is written and synced in a hidden folder beside `out`, which appears by one rename: a kill leaves no
     half checkpoint. source names the dense model in the card; settings go to sparsify.yaml; measured to the card, and
-    so does budget, which says how the sparsity was found.
+    so do budget, which says how the sparsity was found, and relufied, how the model got its ReLUs.
     Raises SparsifyError for a dense model or an `out` that exists, UnavailableError where the disk is full.
     """
     out = Path(out)
     if not sparse_layers(model):
         raise SparsifyError("this model is not converted: save it with its own save_pretrained")
-    check_output(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as problem:
-        raise UnavailableError(f"{out.parent} cannot be written: {problem.strerror}") from None
-    try:
-        _write(model, staging, tokenizer, source or _source(model), settings or {}, measured, budget)
-        os.rename(staging, out)
-        sync(out.parent)
-    except (OSError, SafetensorError) as problem:
-        raise _write_error(out, problem) from problem
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with new_folder(out) as staging:
+        _write(model, staging, tokenizer, source or _source(model), settings or {}, measured, budget, relufied)
     return out
 
 
@@ -200,12 +183,6 @@ def as_checkpoint_errors() -> Iterator[None]:
         raise CheckpointError(f"the checkpoint could not be loaded: {problem}") from problem
 
 
-def check_output(out: Path) -> None:
-    """Raises SparsifyError where the output folder exists already."""
-    if out.exists() or out.is_symlink():
-        raise SparsifyError(f"{out} exists already: give another --out, or remove it first; nothing was written")
-
-
 def _skeleton(folder: Path, config: SparsifyConfig) -> PreTrainedModel:
     """Returns the model without memory, on the meta device, with its sparse layers."""
     with as_checkpoint_errors(), hub_errors(str(folder), str(folder)):
@@ -233,6 +210,7 @@ def _write(
     settings: Mapping[str, Any],
     measured: Mapping[str, Mapping[str, Any]] | None,
     budget: str | None,
+    relufied: str | None,
 ) -> None:
     config = model.config.quantization_config
     assert isinstance(config, SparsifyConfig)
@@ -243,22 +221,8 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     ledger = ledger_of(model)
-    card = render_card(config, ledger, source=source, measured=measured, budget=budget)
+    card = render_card(config, ledger, source=source, measured=measured, budget=budget, relufied=relufied)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / LEDGER).write_text(json.dumps(ledger.to_dict(), indent=1) + "\n", encoding="utf-8")
     (folder / SETTINGS).write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
     write_manifest(folder)
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in sorted(folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        sync(path)
-    sync(folder)
-
-
-def _write_error(out: Path, problem: Exception) -> SparsifyError:
-    number = getattr(problem, "errno", None)
-    if number in _DISK_FULL or "No space left" in str(problem) or "File too large" in str(problem):
-        return UnavailableError(f"the disk is full: {out} was not written; free some room, or give another --out")
-    return UnavailableError(f"{out} could not be written: {problem}")

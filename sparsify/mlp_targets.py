@@ -33,8 +33,12 @@ def find_mlps(model: PreTrainedModel, targets: Targets, tokens: Tensor) -> tuple
     calls = _record(model, linears | activations, tokens)
     linear_calls = {call.name: call for call in calls if call.name in linears}
     sites = {name: site.names for site in targets.sites for name in site.names}
-    whole = (call for call in calls if call.name in activations and call.x[..., 0].numel() == tokens.numel())
-    found = (_mlp_of(call, linear_calls, sites) for call in whole)
+    found = []
+    for index, call in enumerate(calls):
+        if call.name in activations and call.x[..., 0].numel() == tokens.numel():
+            # What is called later reads it: of equal values, as of zeros from a pad token, the first is the MLP's own.
+            later = [other for other in calls[index + 1 :] if other.name in linears]
+            found.append(_mlp_of(call, linear_calls, later, sites))
     return tuple(mlp for mlp in found if mlp is not None)
 
 
@@ -71,21 +75,23 @@ def _record(model: PreTrainedModel, modules: dict[str, nn.Module], tokens: Tenso
     return calls
 
 
-def _mlp_of(activation: _Call, linears: dict[str, _Call], sites: dict[str, tuple[str, ...]]) -> Mlp | None:
+def _mlp_of(
+    activation: _Call, linears: dict[str, _Call], later: Sequence[_Call], sites: dict[str, tuple[str, ...]]
+) -> Mlp | None:
     source = next((call for call in linears.values() if _reads(activation.x, call.y)), None)
     if source is None:
         return None
     neurons = activation.x.shape[-1]
     if source.y.shape[-1] == 2 * neurons:
         h = activation.y * source.y[..., neurons:]
-        down = _reader(h, linears)
+        down = _reader(h, later)
         return None if down is None else Mlp(source.name, down, activation.name, neurons, source.name)
-    down = _reader(activation.y, linears)
+    down = _reader(activation.y, later)
     if down is not None:
         return Mlp(source.name, down, activation.name, neurons)
     for up in sites[source.name]:
         if up != source.name and linears[up].y.shape == activation.y.shape:
-            down = _reader(activation.y * linears[up].y, linears)
+            down = _reader(activation.y * linears[up].y, later)
             if down is not None:
                 return Mlp(up, down, activation.name, neurons, source.name)
     return None
@@ -97,9 +103,9 @@ def _reads(x: Tensor, y: Tensor) -> bool:
     return same and y.shape[-1] in (x.shape[-1], 2 * x.shape[-1])
 
 
-def _reader(h: Tensor, linears: dict[str, _Call]) -> str | None:
-    """Returns the linear whose input is h, element by element; a NaN is one, so that broken models are found too."""
-    return next((call.name for call in linears.values() if call.x.shape == h.shape and _same(call.x, h)), None)
+def _reader(h: Tensor, linears: Sequence[_Call]) -> str | None:
+    """Returns the first linear whose input is h, by every element; a NaN is one, so that broken models are found."""
+    return next((call.name for call in linears if call.x.shape == h.shape and _same(call.x, h)), None)
 
 
 def _same(x: Tensor, h: Tensor) -> bool:

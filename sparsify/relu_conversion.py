@@ -5,7 +5,7 @@ down of inactive neurons are not touched (sparsify.relu_layer); the other linear
 in full.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -43,12 +43,13 @@ def convert_relu(
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Converts the model in place and returns it. Raises SparsifyError as sparsify.conversion.convert does."""
-    fits = [NeuronFit(mlp, 1.0, method.cut) for mlp in find_relu_mlps(model, method, targets, calibration.tokens)]
-    settled = {name for fit in fits for name in fit.mlp.shares("relu")}
+    mlps = find_relu_mlps(model, method, targets, calibration.tokens)
+    settled = {name for mlp in mlps for name in mlp.shares("relu")}
     others = {name: shape for name, shape in shapes.items() if name not in settled}
     rest = method.rest
     _refuse_without_rest(rest is None, allocation, rotate)
-    _count_active(model, fits, calibration, progress)
+    shares = active_shares(model, mlps, method.cut, calibration, progress)
+    fits = [NeuronFit(mlp, shares[mlp.down], method.cut) for mlp in mlps]
     if method.cut > 0.0:
         measure_neuron_errors(model, fits, "relu", calibration, progress)
     channels = Channels({}, {}, "uniform", False)
@@ -58,7 +59,7 @@ def convert_relu(
         )
     entries = {name: LinearEntry(0.0, 1.0, 0, False, 1.0, 0.0) for name in shapes}
     entries |= channels.entries() | neuron_entries(shapes, fits, "relu")
-    neurons = NeuronCuts("relu", tuple(fit.mlp for fit in fits))
+    neurons = NeuronCuts("relu", mlps)
     _swap(model, entries, channels, neurons, method.cut)
     untouched = [name for name in others if rest is None]
     config = SparsifyConfig(
@@ -90,7 +91,7 @@ def find_relu_mlps(model: PreTrainedModel, method: Relu, targets: Targets, token
         has = f"its MLPs have {', '.join(sorted(names))}" if names else "it has no MLP of linears that can be converted"
         raise SparsifyError(
             f"method relu needs MLPs with ReLU, and no block of {type(model).__name__} has one: {has}; swap the "
-            "activation with `sparsify finetune --method prosparse`, or use method teal"
+            "activation with --method relufy, or use method teal"
         )
     fused = next((mlp for mlp in found if mlp.fused), None)
     if fused is not None and method.cut > 0.0:
@@ -107,19 +108,18 @@ def _refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotat
         raise SparsifyError(f"{option} is for the linears of another method: leave it out, or use relu+teal")
 
 
-def _count_active(
-    model: PreTrainedModel, fits: list[NeuronFit], calibration: Calibration, progress: Progress | None
-) -> None:
-    """Sets each MLP's density: the share of neurons above the cut, over all tokens of the calibration text."""
-    counters = {fit.mlp.activation: _ActiveCount(fit.number, model.device) for fit in fits}
+def active_shares(
+    model: PreTrainedModel, mlps: Sequence[Mlp], cut: float, calibration: Calibration, progress: Progress | None = None
+) -> dict[str, float]:
+    """Returns the share of each MLP's activations above the cut over all tokens, by the name of its down."""
+    counters = {mlp.activation: _ActiveCount(cut, model.device) for mlp in mlps}
     handles = [model.get_submodule(name).register_forward_hook(counter.see) for name, counter in counters.items()]
     try:
         run_batches(model, calibration.tokens, "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
-    for fit in fits:
-        fit.density = counters[fit.mlp.activation].share
+    return {mlp.down: counters[mlp.activation].share for mlp in mlps}
 
 
 class _ActiveCount:

@@ -84,3 +84,15 @@ def test_what_changes_nothing_is_no_activation(tokens: Tensor) -> None:
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Identity()
     assert _found(model, tokens) == ()
+
+
+def test_mlps_whose_values_are_all_0_are_told_apart() -> None:
+    """A pad token's embedding may be zeros, and then every MLP of a model without biases computes zeros."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    found = find_mlps(model, find_targets(model, tokens), tokens)
+    assert [mlp.down for mlp in found] == [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
