@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
 
     With dry_run, nothing is calibrated or written, and `out` may be left out.
     """
-    from sparsify import checkpoint, models
+    from sparsify import checkpoint
     from sparsify.ledger import ledger_of
     from sparsify.relufication import check_relufiable
     from sparsify.runtime import set_prefill
@@ -42,12 +43,12 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     if by_neurons:
         check_ppl_p(settings)
     asked, settings = settings, settle_budget(settle_relufy(settings))
-    method = None if by_neurons else _configure(settings)
-    allocation = None if method is None else _allocate(settings, method)
+    method = None if by_neurons else configure(settings)
+    allocation = None if method is None else allocate(settings, method)
     out = check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
-    spec = _check_model(settings.model)
-    tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
+    spec = check_model(settings.model)
+    tokenizer, calibration, held_out, windows = read_texts(spec, settings, progress)
 
     relufied: dict[str, Any] | None = None
 
@@ -65,7 +66,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
         elif method is not None and allocation is not None:
             check_budgets(model, method, uniform=allocation.name == "uniform")
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
-    source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
+    source = source_of(spec)
     if asked.plain:
         model = make()
         assert relufied is not None
@@ -83,7 +84,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     set_prefill(model, config.prefill)
     measured = _measure(model, windows, progress) if windows is not None else None
     progress.note(f"writing {out}")
-    card = _card_rows(measured) if measured is not None else None
+    card = card_rows(measured) if measured is not None else None
     how = None if relufied is None else said_of(relufied)
     checkpoint.save(
         model, out, tokenizer, source=source, settings=asdict(asked), measured=card, budget=met.said, relufied=how
@@ -91,12 +92,19 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
         report
-        | _describe(config)
+        | describe(config)
         | {"ledger": ledger_totals(ledger_of(model)), "measured": measured, "budget": met.found, "relufied": relufied}
     )
 
 
-def _configure(settings: ConvertSettings) -> "AnyMethod":
+def source_of(spec: str) -> str:
+    """Returns what the card calls the dense model."""
+    from sparsify.models import ALIASES
+
+    return Path(spec).name if Path(spec).is_dir() else ALIASES.get(spec, spec)
+
+
+def configure(settings: ConvertSettings) -> "AnyMethod":
     """Returns the method; an option that it does not take is refused, one that was not given is left to it."""
     from sparsify.methods import get_method
 
@@ -113,7 +121,7 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
     return about.configure(sparsity=DEFAULT_SPARSITY if settings.sparsity is None else settings.sparsity, **given)
 
 
-def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
+def allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     """Returns the allocation, with the state file and the seed where it is one that takes them."""
     from sparsify.allocation import allocation_of
     from sparsify.allocation.evolutionary import Evolutionary
@@ -128,8 +136,8 @@ def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     return allocation
 
 
-def check_out(out: str | None, *, needed: bool) -> Path | None:
-    """Checks, before hours of work, that the folder can be made at their end."""
+def check_out(out: str | None, *, needed: bool, resume: bool = False) -> Path | None:
+    """Checks, before hours of work, that the folder can be made at their end; one that is resumed may be there."""
     from sparsify.new_folder import check_output
 
     if out is None:
@@ -137,7 +145,8 @@ def check_out(out: str | None, *, needed: bool) -> Path | None:
             raise SparsifyError("no --out: name the folder to write, which must not exist yet")
         return None
     path = Path(out)
-    check_output(path)
+    if not resume:
+        check_output(path)
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -148,7 +157,8 @@ def check_out(out: str | None, *, needed: bool) -> Path | None:
     return path
 
 
-def _check_model(model: str | None) -> str:
+def check_model(model: str | None) -> str:
+    """Returns the MODEL of the settings. Raises SparsifyError where there is none, or not such a one."""
     from sparsify.models import resolve_model
 
     if model is None:
@@ -157,7 +167,7 @@ def _check_model(model: str | None) -> str:
     return model
 
 
-def _read_texts(
+def read_texts(
     spec: str, settings: ConvertSettings, progress: Progress
 ) -> "tuple[PreTrainedTokenizerBase, Calibration, Windows | None, Windows | None]":
     """Reads all texts before the model, which takes longer and whose load a short text would waste.
@@ -196,10 +206,28 @@ def _load_dense(spec: str, settings: ConvertSettings, device: str, progress: Pro
     from sparsify.models import check_context, load_dense
 
     torch.manual_seed(settings.seed)
+    _check_memory(spec, settings.dtype, device)
     progress.note(f"loading {spec}")
     model = load_dense(spec, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code)
     check_context(model, settings.seq_len)
     return model
+
+
+def _check_memory(spec: str, dtype: str, device: str) -> None:
+    """Raises UnavailableError where the weights alone are more than the memory that can be had."""
+    import torch
+
+    from sparsify.evals.machine import available_memory
+    from sparsify.models import parse_dtype, resolve_model
+    from sparsify.preflight import weight_bytes
+
+    needed = weight_bytes(Path(resolve_model(spec)), parse_dtype(dtype))
+    free = available_memory(torch.device(device))
+    if needed is not None and free is not None and needed > free:
+        raise UnavailableError(
+            f"{spec} has {needed / 1e9:.1f} GB of weights, and {device} has {free / 1e9:.1f} GB of memory to spare: "
+            "--stream converts one block at a time, with --method rsparse, teal or wina among others"
+        )
 
 
 def _measure(model: "PreTrainedModel", windows: "Windows", progress: Progress) -> dict[str, Any] | None:
@@ -214,7 +242,7 @@ def _measure(model: "PreTrainedModel", windows: "Windows", progress: Progress) -
         return None
 
 
-def _card_rows(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def card_rows(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the table of the model card from measure's result."""
     rows = {}
     for name, size in (("dense", "dense_bytes_per_token"), ("sparse", "touched_bytes_per_token")):
@@ -231,7 +259,8 @@ def _card_rows(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _describe(config: "SparsifyConfig") -> dict[str, Any]:
+def describe(config: "SparsifyConfig") -> dict[str, Any]:
+    """Returns what the command reports of a configuration."""
     entries = config.linears
     worst = max(entries, key=lambda name: entries[name].error)
     return {

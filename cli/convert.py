@@ -15,6 +15,7 @@ from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import said_of
 from sparsify.cli.settings import ConvertSettings, parse_rho
 from sparsify.cli.sites import sites_table
+from sparsify.cli.stream_conversion import run_streamed
 
 _DEFAULTS = ConvertSettings()
 
@@ -194,6 +195,17 @@ def convert(
     config: Annotated[
         Path | None, typer.Option(help="YAML with any of these settings; flags win over it.", metavar="FILE")
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Convert one decoder block at a time, for a model larger than memory: the same files, and what is "
+            "finished is kept in .NAME.partial beside --out.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a --stream conversion that was stopped, from its last block.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the plan; write nothing.")
     ] = False,
@@ -231,7 +243,10 @@ def convert(
         base = base.updated(dict.fromkeys(BUDGETS), source="flags")
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
-        result = run_conversion(settings, progress, dry_run=dry_run)
+        if (stream or resume) and not dry_run:
+            result = run_streamed(settings, progress, resume=resume)
+        else:
+            result = run_conversion(settings, progress, dry_run=dry_run)
     output.emit(result, lambda console: _render(console, result))
 
 

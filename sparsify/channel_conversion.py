@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from sparsify.allocation import Allocation, Problem, allocation_of
+from sparsify.allocation import Allocation, Choices, Problem, allocation_of
 from sparsify.budget import LinearShape
 from sparsify.calibration import Calibration, Progress
 from sparsify.compensation import compensate_means, learned_or_not, with_uncompensated
@@ -79,11 +79,25 @@ def choose_channels(
     """Returns the choice for the linears of `shapes`; the model is rotated by then where that was asked for."""
     method = method.bind(shapes)
     chooser = allocation_of(allocation, method)
-    rotate = rotate or _rotates(model, method)
+    rotate = rotate or rotates(model, method)
     if rotate:
         rotate_model(model, calibration, progress=progress)
     linears = prepare(model, targets, shapes)
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
+    fits = fit_channels(model, method, linears, choices, shapes, calibration, progress)
+    return Channels(linears, fits, chooser.name, rotate)
+
+
+def fit_channels(
+    model: PreTrainedModel,
+    method: Method,
+    linears: Mapping[str, TargetLinear],
+    choices: Choices,
+    shapes: Mapping[str, LinearShape],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[str, Fit]:
+    """Returns the best of each linear's choices, fitted; linears may be those of one block only."""
     learns = bool(getattr(method, "learns_compensation", False))
     if learns:
         choices = with_uncompensated(choices, shapes)
@@ -91,11 +105,11 @@ def choose_channels(
     if not learns:
         compensate_means(model, linears, fits, calibration, progress)
     measure_errors(model, linears, fits, calibration, progress)
-    chosen = learned_or_not(model, linears, fits, calibration, progress) if learns else best(fits)
-    return Channels(linears, chosen, chooser.name, rotate)
+    return learned_or_not(model, linears, fits, calibration, progress) if learns else best(fits)
 
 
-def _rotates(model: PreTrainedModel, method: Method) -> bool:
+def rotates(model: PreTrainedModel, method: Method) -> bool:
+    """Whether the method turns the model's residual stream by itself."""
     rotation = getattr(method, "rotation", None)
     if rotation == "where-possible":
         return method.sparsity > 0.0 and rotation_problem(model) is None

@@ -10,17 +10,17 @@ from sparsify import __version__
 from sparsify.allocation import Allocation
 from sparsify.calibration import Calibration, Progress
 from sparsify.channel_conversion import choose_channels, swap_channels
-from sparsify.config import CalibrationEntry, SparsifyConfig
+from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch
-from sparsify.methods import AnyMethod, NeuronMethod
+from sparsify.methods import AnyMethod, Method, NeuronMethod
 from sparsify.methods.relu import Relu
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
 from sparsify.plugin import attach
 from sparsify.relu_conversion import convert_relu
 from sparsify.runtime import sparse_layers
-from sparsify.targets import find_targets, linear_shapes
+from sparsify.targets import Targets, find_targets, linear_shapes
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
     """
     refuse_converted(model)
-    _check_tokens(model, calibration.tokens)
+    check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
     shapes = linear_shapes(model, targets)
     if isinstance(method, Relu):
@@ -56,23 +56,41 @@ def convert(
         model, method, calibration, targets, shapes, allocation=allocation, rotate=rotate, progress=progress
     )
     swap_channels(model, channels, SparsitySwitch())
-    config = SparsifyConfig(
-        sparsify_version=__version__,
-        method=method.name,
-        # Not named where it is off: an older sparsify's methods do not know it.
-        method_config={
-            key: value for key, value in asdict(method.bind(shapes)).items() if (key, value) != ("compensate", False)
-        },
-        prefill="sparse",
-        sites=[list(site.names) for site in targets.sites],
-        left_dense=list(targets.left_dense),
-        calibration=CalibrationEntry(**calibration.fingerprint),
-        linears=channels.entries(),
+    config = channel_config(
+        method.bind(shapes),
+        calibration,
+        targets,
+        channels.entries(),
         allocation=channels.allocation,
         rotated=channels.rotated,
     )
     attach(model, config)
     return model
+
+
+def channel_config(
+    method: Method,
+    calibration: Calibration,
+    targets: Targets,
+    linears: dict[str, LinearEntry],
+    *,
+    allocation: str,
+    rotated: bool,
+) -> SparsifyConfig:
+    """Returns the configuration of a model whose channels a bound method has chosen."""
+    return SparsifyConfig(
+        sparsify_version=__version__,
+        method=method.name,
+        # Not named where it is off: an older sparsify's methods do not know it.
+        method_config={key: value for key, value in asdict(method).items() if (key, value) != ("compensate", False)},
+        prefill="sparse",
+        sites=[list(site.names) for site in targets.sites],
+        left_dense=list(targets.left_dense),
+        calibration=CalibrationEntry(**calibration.fingerprint),
+        linears=linears,
+        allocation=allocation,
+        rotated=rotated,
+    )
 
 
 def refuse_converted(model: PreTrainedModel) -> None:
@@ -83,7 +101,8 @@ def refuse_converted(model: PreTrainedModel) -> None:
         raise SparsifyError("this model is quantised: sparsify converts models with floating-point weights")
 
 
-def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raises SparsifyError for calibration tokens that are not of the model's vocabulary, or too many."""
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     for token in (int(tokens.min()), int(tokens.max())):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -111,6 +112,32 @@ def load_dense(
 
     Raises SparsifyError for an unknown model, UnavailableError where the hub does not give it.
     """
+    model = _from_pretrained(spec, dtype, trust_remote_code)
+    loaded: PreTrainedModel = to_device(model, device).eval()
+    return loaded
+
+
+def load_skeleton(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns load_dense's model without its memory: every tensor on the meta device, with the dtype it would have.
+
+    Raises as load_dense does; only the headers of the weights are read.
+    """
+    model: PreTrainedModel = _from_pretrained(spec, dtype, trust_remote_code, device_map={"": "meta"}).eval()
+    return model
+
+
+def local_folder(spec: str) -> Path:
+    """Returns the folder that holds the files of a model that was loaded from `spec` just now."""
+    source = resolve_model(spec)
+    if Path(source).is_dir():
+        return Path(source)
+    config = try_to_load_from_cache(source, "config.json")
+    if not isinstance(config, str):
+        raise UnavailableError(f"{source} {_NOT_CACHED}")
+    return Path(config).parent
+
+
+def _from_pretrained(spec: str, dtype: str, trust_remote_code: bool, **placement: Any) -> Any:
     source = resolve_model(spec)
     wanted = parse_dtype(dtype)
     with hub_errors(spec, source), quiet():
@@ -124,7 +151,7 @@ def load_dense(
         if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
             check_index(Path(source))
         found: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, output_loading_info=True, **options
+            source, config=config, dtype=wanted, output_loading_info=True, **options, **placement
         )
     model, info = found
     if missing := sorted(info["missing_keys"]):
@@ -132,8 +159,7 @@ def load_dense(
             f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
             f"{type(model).__name__}; download it again"
         )
-    loaded: PreTrainedModel = to_device(model, device).eval()
-    return loaded
+    return model
 
 
 def check_context(model: PreTrainedModel, tokens: int) -> None:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsify.budget import LinearShape
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
-from sparsify.linear import is_linear
+from sparsify.linear import SparseLayer, is_linear
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and any(is_linear(m) for m in module.modules())
+        if isinstance(module, nn.ModuleList) and len(module) and any(map(_is_converted_or_linear, module.modules()))
     ]
     # A model with a vision tower has several lists: the decoder's are in it, its length in the text configuration.
     inside = set(decoder_of(model).modules())
@@ -119,6 +119,10 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     # Of nested lists the outer one is named first.
     return candidates[0]
+
+
+def _is_converted_or_linear(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, SparseLayer)
 
 
 def _is_router(model: PreTrainedModel, linear: nn.Module) -> bool:
@@ -141,12 +145,20 @@ def _group(called: list[tuple[str, Tensor]], linears: dict[str, nn.Module]) -> l
     for name, x in called:
         for known, names in groups:
             # All inputs are alive here, so the same storage means the same tensor, viewed or not.
-            if known is x or (known.numel() == x.numel() and known.data_ptr() == x.data_ptr() != 0):
+            if known is x or (known.numel() == x.numel() and _same_memory(known, x)):
                 names.append(name)
                 break
         else:
             groups.append((x, [name]))
     return [Site(tuple(names), linear_shape(linears[names[0]])[1]) for _, names in groups]
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta and other.is_meta:
+        # Without memory there are no addresses, but views still share their storage.
+        place = [(x.untyped_storage()._cdata, x.storage_offset()) for x in (one, other)]
+        return place[0] == place[1]
+    return one.data_ptr() == other.data_ptr() != 0
 
 
 def _left_dense(

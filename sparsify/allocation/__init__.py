@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 from transformers import PreTrainedModel
 
@@ -20,6 +20,7 @@ from sparsify.methods import AnyMethod, Method
 from sparsify.trial import TargetLinear
 
 Choices = dict[str, tuple[Candidate, ...]]
+Needs = Literal["shapes", "block", "model"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Allocation(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs:
+        """What `choices` looks at: the linears' shapes alone, one block after the other, or the whole model at once."""
+        ...
 
     def choices(self, problem: Problem) -> Choices:
         """Returns each linear's candidates, the preferred of equals first; any choice of one each meets the budget."""

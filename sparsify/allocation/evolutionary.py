@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sparsify import __version__
-from sparsify.allocation import Choices, Problem, refuse_recipe, refuse_token_cuts
+from sparsify.allocation import Choices, Needs, Problem, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, fill_budget
 from sparsify.calibration import ScoreHistogram, hooked
 from sparsify.errors import SparsifyError, suggest
@@ -81,6 +81,10 @@ class Evolutionary:
     @property
     def name(self) -> str:
         return "evolutionary"
+
+    @property
+    def needs(self) -> Needs:
+        return "model"
 
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
+from sparsify.allocation import Choices, Needs, Problem, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import check_share
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
@@ -49,6 +49,10 @@ class Greedy:
     @property
     def name(self) -> str:
         return "greedy"
+
+    @property
+    def needs(self) -> Needs:
+        return "block"
 
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
+from sparsify.allocation import Choices, Needs, Problem, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, fill_budget
 from sparsify.calibration import ShuffledWindows
 from sparsify.errors import SparsifyError
@@ -54,6 +54,10 @@ class Sensitivity:
     @property
     def name(self) -> str:
         return "sensitivity"
+
+    @property
+    def needs(self) -> Needs:
+        return "model"
 
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
