@@ -243,8 +243,8 @@ def convert(
         base = base.updated(dict.fromkeys(BUDGETS), source="flags")
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
-        if (stream or resume) and not dry_run:
-            result = run_streamed(settings, progress, resume=resume)
+        if stream or resume:
+            result = run_streamed(settings, progress, resume=resume, dry_run=dry_run)
         else:
             result = run_conversion(settings, progress, dry_run=dry_run)
     output.emit(result, lambda console: _render(console, result))

@@ -12,18 +12,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsify.methods import AnyMethod
+    from sparsify.targets import Targets
 
 
-def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
+def describe_sites(model: "PreTrainedModel", targets: "Targets | None" = None) -> dict[str, Any]:
     """Returns the linears that a conversion would make sparse, kind by kind, and what it would leave dense.
 
+    targets: the model's, where they were found already.
     A kind is a name with its block number replaced by *; linears of one kind and different shapes are two.
     """
     import torch
 
     from sparsify.targets import find_targets, linear_shape
 
-    targets = find_targets(model, torch.zeros(1, 8, dtype=torch.int64))
+    targets = targets or find_targets(model, torch.zeros(1, 8, dtype=torch.int64))
     modules = dict(model.named_modules())
     kinds: dict[tuple[str, int, int], dict[str, Any]] = {}
     for site in targets.sites:

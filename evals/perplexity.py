@@ -117,7 +117,8 @@ def perplexity(
 
 def batches_of(model: PreTrainedModel, windows: Windows, batch_size: int = 8) -> list[Tensor]:
     """Returns the batches of tokens [B, S] in which `perplexity` runs the windows."""
-    return list(windows.tokens.split(_batch_size(model, windows, batch_size)))
+    size = _batch_size(model, windows, batch_size)
+    return [windows.tokens[start : start + size] for start in range(0, len(windows.tokens), size)]
 
 
 def _batch_size(model: PreTrainedModel, windows: Windows, most: int) -> int:

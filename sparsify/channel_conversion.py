@@ -9,6 +9,8 @@ each linear keeps its best. auto rotates the model first where it can, and learn
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.allocation import Allocation, Choices, Problem, allocation_of
@@ -25,6 +27,8 @@ from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight
 from sparsify.token_layer import link_rotations, make_layer
 from sparsify.trial import TargetLinear
+
+_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,14 @@ def prepare(model: PreTrainedModel, targets: Targets, shapes: Mapping[str, Linea
     """Returns the linears of `shapes` with their site and column norms."""
     sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
     modules = {name: model.get_submodule(name) for name in shapes}
-    return {
-        name: TargetLinear(
-            modules[name], sites[name], dense_weight(modules[name]).detach().double().norm(dim=0).float()
-        )
-        for name in shapes
-    }
+    return {name: TargetLinear(modules[name], sites[name], _column_norms(modules[name])) for name in shapes}
+
+
+def _column_norms(linear: nn.Module) -> Tensor:
+    """Returns the norms [I] of a weight's columns, summed in fp64; some columns at once, or a copy of four times the
+    weight's bytes would be the most memory that a conversion takes."""
+    parts = dense_weight(linear).detach().split(_COLUMNS, dim=1)  # type: ignore[no-untyped-call]
+    return torch.cat([part.double().norm(dim=0).float() for part in parts])
 
 
 def swap_channels(model: PreTrainedModel, channels: Channels, switch: SparsitySwitch) -> None:

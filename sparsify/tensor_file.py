@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ def tensor_entry(tensor: Tensor) -> Entry:
     """Returns the entry of a tensor in memory, on any device; it is made contiguous while it is written."""
 
     def chunks() -> Iterator[memoryview]:
-        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        yield memoryview(flat.numpy())
+        yield bytes_of(tensor)
 
     return Entry(_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, chunks)
 
@@ -77,6 +77,12 @@ def stored_entry(stored: StoredTensor, see: Callable[[memoryview], None] | None 
             yield piece
 
     return Entry(stored.dtype, stored.shape, stored.end - stored.begin, chunks)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    flat: Any = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def read_chunks(stored: StoredTensor, size: int = CHUNK) -> Iterator[memoryview]:

@@ -98,11 +98,17 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def save_description(model: PreTrainedModel, folder: Path) -> None:
     """Writes what save_pretrained writes besides weights: configurations and the code of a model that has its own."""
+    # It would give the whole state in the place of none.
+    quantizer = model.__dict__.pop("hf_quantizer", None)
     # Elsewhere first: save_pretrained removes files that it takes for shards of an earlier save.
-    with quiet(), TemporaryDirectory(dir=folder) as apart:
-        model.save_pretrained(apart, state_dict={})
-        for path in Path(apart).iterdir():
-            path.rename(folder / path.name)
+    try:
+        with quiet(), TemporaryDirectory(dir=folder) as apart:
+            model.save_pretrained(apart, state_dict={})
+            for path in Path(apart).iterdir():
+                path.rename(folder / path.name)
+    finally:
+        if quantizer is not None:
+            model.__dict__["hf_quantizer"] = quantizer
 
 
 def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.manifest import file_sha256
+from sparsify.tensor_file import bytes_of
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Carried:
         if self.dtype is None:
             self.dtype, self.width = hidden.dtype, hidden.shape[-1]
         assert (hidden.dtype, tuple(hidden.shape)) == (self.dtype, (*shape, self.width))
-        data = hidden.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        _write_all(self._handle, memoryview(data.numpy()), start * self.width * self.dtype.itemsize)
+        _write_all(self._handle, bytes_of(hidden), start * self.width * self.dtype.itemsize)
         self._written.add(key)
 
     def load(self, batch: Tensor, device: torch.device) -> Tensor:
@@ -78,7 +78,7 @@ class Carried:
         start, shape = self._places[_key(batch)]
         size = self.width * self.dtype.itemsize
         data = torch.empty(batch.numel() * size, dtype=torch.uint8)
-        _read_all(self._handle, memoryview(data.numpy()), start * size, self.path)
+        _read_all(self._handle, bytes_of(data), start * size, self.path)
         return data.view(self.dtype).reshape(*shape, self.width).to(device)
 
     def seal(self) -> CarriedRecord:

@@ -117,7 +117,7 @@ class BlockwiseModel:
 
     def embed(self, batches: Sequence[Tensor], write: Carried) -> None:
         """Stores what comes into the first block for every batch of tokens [B, S]; reads the rows that they name."""
-        rows = torch.cat([batch.reshape(-1) for batch in batches]).unique()
+        rows: Tensor = torch.unique(torch.cat([batch.reshape(-1) for batch in batches]))  # type: ignore[no-untyped-call]
         name = f"{self._names[id(self.embedding)]}.weight"
         weight = self.embedding.weight
         few = self.source.rows(name, rows.tolist(), dtype=weight.dtype, device=self.device)
@@ -230,11 +230,12 @@ class BlockwiseModel:
         """Inside, what is on the meta device of the modules' own tensors holds what the source has, or is computed."""
         before: list[tuple[dict[str, Any], str, Tensor]] = []
         wanted: dict[str, tuple[dict[str, Any], str]] = {}
-        computed = []
+        computed: list[nn.Module] = []
         try:
             for module in modules:
                 name, unstored = self._names[id(module)], module._non_persistent_buffers_set
-                for held in (module._parameters, module._buffers):
+                tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for held in tensors:
                     for key, tensor in held.items():
                         if tensor is None or not tensor.is_meta:
                             continue
@@ -262,4 +263,4 @@ class BlockwiseModel:
             for module in modules:
                 name = self._names[id(module)]
                 inner = [owner for prefix, owner in owners if not prefix or f"{name}.".startswith(f"{prefix}.")]
-                inner[-1]._init_weights(module)
+                inner[-1]._init_weights(module)  # type: ignore[no-untyped-call]

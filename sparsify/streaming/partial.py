@@ -160,9 +160,10 @@ class Partial:
         data = read_json(path, error=CheckpointError, most=4 * JSON_BYTES)
         if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
             raise CheckpointError(f"{path} is not a journal of this sparsify: remove {self.folder} to start anew")
+        units = data.pop("units", [])
         journal = from_mapping(Journal, data, where=str(path), error=CheckpointError)
         journal.units = [
-            from_mapping(Unit, unit, where=f"{path}: units", error=CheckpointError) for unit in data["units"]
+            from_mapping(Unit, unit, where=f"{path}: units", error=CheckpointError) for unit in units or []
         ]
         return journal
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.header import StoredTensor
 from sparsify.preflight import INDEX, SINGLE, check_index, merges, read_headers, translated
-from sparsify.tensor_file import CHUNK, Entry, fill, read_chunks, stored_entry, tensor_entry, torch_dtype
+from sparsify.tensor_file import CHUNK, Entry, bytes_of, fill, read_chunks, stored_entry, tensor_entry, torch_dtype
 
 
 class Source:
@@ -70,7 +70,7 @@ class Source:
         """Returns a whole tensor, read into memory of its own: no mapping of the file stays."""
         stored = self.tensors[name]
         data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = bytes_of(data)
         with stored.path.open("rb", buffering=0) as file:
             file.seek(stored.begin)
             for start in range(0, len(view), CHUNK):
@@ -84,11 +84,10 @@ class Source:
         stored = self.tensors[name]
         size = (stored.end - stored.begin) // stored.shape[0]
         data = torch.empty(len(rows), size, dtype=torch.uint8)
-        view = data.numpy()
         with stored.path.open("rb", buffering=0) as file:
             for index, row in enumerate(rows):
                 file.seek(stored.begin + row * size)
-                fill(file, memoryview(view[index]), stored)
+                fill(file, bytes_of(data[index]), stored)
         typed = data.view(torch_dtype(stored)).reshape(len(rows), *stored.shape[1:])
         return typed.to(device=device, dtype=dtype)
 
@@ -114,7 +113,7 @@ class Source:
 
     def _state(self) -> dict[str, dict[str, Any]]:
         """Returns size, time and SHA-256 of the header of each file, and the SHA-256 of what is small."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for path in [*self._files, self.folder / "config.json", self.folder / INDEX]:
             try:
                 about = os.stat(path)
