@@ -47,7 +47,7 @@ def write_random_checkpoint(name: str, out: Path) -> int:
         for file, tensors in files.items():
             entries = {names[held]: _entry(state[held], table, starts[held]) for held in tensors}
             write_tensors(folder / file, entries)
-        total = sum(state[held].nbytes for held in names)
+        total: int = sum(state[held].nbytes for held in names)
         write_index(folder, {names[held]: file for file, tensors in files.items() for held in tensors}, total)
     return total
 

@@ -136,7 +136,7 @@ def convert_streamed(
 
 def plan_streamed(
     spec: str,
-    method: Method,
+    method: AnyMethod,
     calibration: Calibration,
     allocation: Allocation,
     *,
@@ -147,6 +147,9 @@ def plan_streamed(
 
     Raises as convert_streamed does; nothing is written, and of the weights only what is small is read.
     """
+    if (problem := streaming_problem(method, allocation)) is not None:
+        raise SparsifyError(problem)
+    assert not isinstance(method, NeuronMethod)
     model = load_skeleton(spec, dtype=dtype, trust_remote_code=trust_remote_code)
     blockwise = BlockwiseModel(model, Source(local_folder(spec), model), torch.device("cpu"))
     converter = BlockConverter(blockwise, method, allocation, calibration)

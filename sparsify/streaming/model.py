@@ -117,7 +117,7 @@ class BlockwiseModel:
 
     def embed(self, batches: Sequence[Tensor], write: Carried) -> None:
         """Stores what comes into the first block for every batch of tokens [B, S]; reads the rows that they name."""
-        rows: Tensor = torch.unique(torch.cat([batch.reshape(-1) for batch in batches]))  # type: ignore[no-untyped-call]
+        rows: Tensor = torch.unique(torch.cat([batch.reshape(-1) for batch in batches]))
         name = f"{self._names[id(self.embedding)]}.weight"
         weight = self.embedding.weight
         few = self.source.rows(name, rows.tolist(), dtype=weight.dtype, device=self.device)
