@@ -122,6 +122,7 @@ def test_every_section_and_figure_is_there(full: Path) -> None:
     assert {found["id"] for found in page.attributes("section")} == _SECTIONS
     assert {str(found["id"]) for found in page.attributes("figure")} == {f"figure-{name}" for name in _FIGURES}
     # Drawn for the eye, and said for the ear.
+    assert "mathdefault" not in page.text, "a formula of matplotlib's is shown as it is written"
     drawings = [found for found in page.attributes("svg") if "viewbox" in found]
     assert len(drawings) == len(_FIGURES)
     assert all(found["role"] == "img" and len(str(found["aria-label"])) > 40 for found in drawings)
