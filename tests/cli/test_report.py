@@ -311,7 +311,7 @@ document.title = JSON.stringify(found);
 def test_nothing_is_cut_or_overlaps_in_a_browser(full: Path, tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
     # In a frame, as a window has a least width; the page itself runs no script.
     inner = escape((full / "report.html").read_text(encoding="utf-8"), quote=True)
     outer = tmp_path / "outer.html"
