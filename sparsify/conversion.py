@@ -22,6 +22,8 @@ from sparsify.relu_conversion import convert_relu
 from sparsify.runtime import sparse_layers
 from sparsify.targets import find_targets, linear_shapes
 
+_YOUNGER = (("compensate", False), ("svd", "auto"))
+
 
 def convert(
     model: PreTrainedModel,
@@ -59,10 +61,7 @@ def convert(
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        # Not named where it is off: an older sparsify's methods do not know it.
-        method_config={
-            key: value for key, value in asdict(method.bind(shapes)).items() if (key, value) != ("compensate", False)
-        },
+        method_config=options_of(method.bind(shapes)),
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=list(targets.left_dense),
@@ -73,6 +72,11 @@ def convert(
     )
     attach(model, config)
     return model
+
+
+def options_of(method: AnyMethod) -> dict[str, Any]:
+    """Returns the options of a method by name, without those at defaults that an older sparsify does not know."""
+    return {key: value for key, value in asdict(method).items() if (key, value) not in _YOUNGER}
 
 
 def refuse_converted(model: PreTrainedModel) -> None:

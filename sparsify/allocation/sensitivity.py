@@ -117,6 +117,8 @@ class _Search:
         offers = {name: self.problem.offers(name, self.shares[name]) for name in self.shares}
         if all(len(options) == 1 for options in offers.values()):
             return
+        for name, options in offers.items():
+            self.problem.linears[name].decompose(options)
         errors = {name: [0.0] * len(options) for name, options in offers.items()}
 
         def observe(name: str, call: Call) -> Callable[[Tensor], None]:

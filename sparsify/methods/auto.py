@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from sparsify.budget import Candidate, LinearShape, check_share
+from sparsify.low_rank import check_svd
 from sparsify.methods.rsparse import FACTS as RSPARSE_FACTS
 from sparsify.methods.rsparse import RSparse
 
@@ -21,12 +22,17 @@ FACTS = replace(RSPARSE_FACTS, rule="fixed threshold; a low-rank product for wha
 
 @dataclass(frozen=True)
 class Auto:
-    """auto at one sparsity (share of all linears' weight bytes that a token does not touch)."""
+    """auto at one sparsity (share of all linears' weight bytes that a token does not touch).
+
+    svd: how low-rank factors are computed, "exact", "randomised", or "auto" (docs/plan.md).
+    """
 
     sparsity: float
+    svd: str = "auto"
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
+        check_svd(self.svd)
 
     @property
     def name(self) -> str:
