@@ -105,7 +105,7 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    names = ("rho", "score", "recipe", "rotation", "cut")
+    names = ("rho", "score", "recipe", "rotation", "cut", "svd")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True
@@ -242,5 +242,16 @@ def _describe(config: "SparsifyConfig") -> dict[str, Any]:
         "calibration": asdict(config.calibration),
         "low_rank_linears": sum(entry.rank > 0 for entry in entries.values()),
         "mean_error": sum(entry.error for entry in entries.values()) / len(entries),
+        "svd": _sketched(config),
         "worst_error": {"linear": worst, "error": entries[worst].error},
     }
+
+
+def _sketched(config: "SparsifyConfig") -> dict[str, Any] | None:
+    """Returns how many factors are of a randomised SVD, and their errors ‖W − L‖/‖W‖; None where none is."""
+    errors = {n: e.low_rank_error for n, e in config.linears.items() if e.low_rank_error is not None}
+    if not errors:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    mean = sum(errors.values()) / len(errors)
+    return {"randomised": len(errors), "mean_error": mean, "worst_error": {"linear": worst, "error": errors[worst]}}

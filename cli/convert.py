@@ -100,6 +100,14 @@ def convert(
     recipe: Annotated[
         str | None, typer.Option(help="rsparse: a file of sparsity and rho for each linear.", metavar="FILE")
     ] = None,
+    svd: Annotated[
+        str | None,
+        typer.Option(
+            help="rsparse, auto: how low-rank factors are computed: exact, randomised, or auto, which is exact for "
+            "small weights and for ranks above a third of their smaller side.",
+            show_default="auto",
+        ),
+    ] = None,
     compensate: Annotated[
         bool | None,
         typer.Option("--compensate", help="Give the mean of what is dropped back as a bias, paid from the budget."),
@@ -215,7 +223,7 @@ def convert(
         "model": model, "out": out, "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase,
         "speedup": speedup, "held_out": held_out, "cost_table": cost_table, "allocation": allocation,
         "allocation_state": allocation_state, "rho": parse_rho(rho), "score": score, "recipe": recipe,
-        "compensate": compensate, "cut": cut, "activation": activation,
+        "svd": svd, "compensate": compensate, "cut": cut, "activation": activation,
         "reconstruct": reconstruct, "reconstruct_inputs": reconstruct_inputs,
         "reconstruct_weighting": reconstruct_weighting, "reconstruct_zeros": reconstruct_zeros,
         "reconstruct_state": reconstruct_state, "plain": plain, "rotation": rotation, "rotate": rotate,
@@ -261,6 +269,13 @@ def _render(console: Console, result: dict[str, Any]) -> None:
         f"{percent(result['mean_error'])}, worst {percent(worst['error'])} ({worst['linear']}).",
         markup=False,
     )
+    if (svd := result["svd"]) is not None:
+        console.print(
+            f"Factors of {svd['randomised']} linears are of a randomised SVD: of their weights they leave "
+            f"{percent(svd['mean_error'])} (the norm of W − L by that of W), at worst "
+            f"{percent(svd['worst_error']['error'])} ({svd['worst_error']['linear']}).",
+            markup=False,
+        )
     print_budget(console, result["budget"])
     measured = result["measured"]
     if measured is not None:

@@ -1,6 +1,5 @@
 """The story of a conversion: targets → choose (channels, neurons, or what ReLUs leave) → swap → describe."""
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from sparsify.channel_conversion import choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch
-from sparsify.methods import AnyMethod, NeuronMethod
+from sparsify.methods import AnyMethod, NeuronMethod, options_of
 from sparsify.methods.relu import Relu
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
@@ -21,8 +20,6 @@ from sparsify.plugin import attach
 from sparsify.relu_conversion import convert_relu
 from sparsify.runtime import sparse_layers
 from sparsify.targets import find_targets, linear_shapes
-
-_YOUNGER = (("compensate", False), ("svd", "auto"))
 
 
 def convert(
@@ -61,7 +58,10 @@ def convert(
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=options_of(method.bind(shapes)),
+        # Not named where it is off: an older sparsify's methods do not know it.
+        method_config={
+            key: value for key, value in options_of(method.bind(shapes)).items() if (key, value) != ("compensate", False)
+        },
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=list(targets.left_dense),
@@ -72,11 +72,6 @@ def convert(
     )
     attach(model, config)
     return model
-
-
-def options_of(method: AnyMethod) -> dict[str, Any]:
-    """Returns the options of a method by name, without those at defaults that an older sparsify does not know."""
-    return {key: value for key, value in asdict(method).items() if (key, value) not in _YOUNGER}
 
 
 def refuse_converted(model: PreTrainedModel) -> None:

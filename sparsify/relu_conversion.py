@@ -20,6 +20,7 @@ from sparsify.channel_conversion import Channels, choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch, make_sparse
+from sparsify.methods import options_of
 from sparsify.methods.relu import Relu
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.mlp_targets import find_mlps
@@ -65,7 +66,7 @@ def convert_relu(
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=asdict(method) | {"others": None if rest is None else asdict(rest)},
+        method_config=asdict(method) | {"others": None if rest is None else options_of(rest)},
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=[*targets.left_dense, *_in_full(untouched)],

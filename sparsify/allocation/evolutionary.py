@@ -28,6 +28,7 @@ from sparsify.budget import Candidate, fill_budget
 from sparsify.calibration import ScoreHistogram, hooked
 from sparsify.errors import SparsifyError, suggest
 from sparsify.fingerprint import weights_sha256
+from sparsify.methods import options_of
 from sparsify.search_state import SearchState, check_state_file, read_state, write_state
 from sparsify.trial import Trial, dense_log_probabilities, evaluating, kl_divergence, least_output_error
 
@@ -291,7 +292,7 @@ class _Search:
             "model": weights_sha256(self.problem.model),
             "calibration": self.problem.calibration.fingerprint["sha256"],
             "method": self.problem.method.name,
-            **{f"method.{name}": value for name, value in asdict(self.problem.method).items()},
+            **{f"method.{name}": value for name, value in options_of(self.problem.method).items()},
             **settings,
             "sparsify_version": __version__,
         }

@@ -1,4 +1,4 @@
-"""The default: what measured best, with no knobs. Not a method of a paper, but a choice among those that are here.
+"""The default: what measured best. Not a method of a paper, but a choice among those that are here.
 
 The model is rotated where it can be (sparsify.rotation). Each linear's score (magnitude, column norm, residual norm),
 its rank and its share of the bytes are chosen together by the allocation `sensitivity`, on calibration text, in the
