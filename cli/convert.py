@@ -11,10 +11,11 @@ from sparsify.cli.budgets import BUDGETS, DEFAULT_HELD_OUT, DEFAULT_SPARSITY, pr
 from sparsify.cli.conversion import run_conversion
 from sparsify.cli.ledger_view import print_left_dense, totals_table
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, percent, seconds
+from sparsify.cli.plan_view import render_plan
+from sparsify.cli.planning import plan_settings
 from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import said_of
 from sparsify.cli.settings import ConvertSettings, parse_rho
-from sparsify.cli.sites import sites_table
 
 _DEFAULTS = ConvertSettings()
 
@@ -203,7 +204,7 @@ def convert(
         Path | None, typer.Option(help="YAML with any of these settings; flags win over it.", metavar="FILE")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the plan; write nothing.")
+        bool, typer.Option("--dry-run", help="Show the plan, as `sparsify plan` does: no weight is read, nothing written.")
     ] = False,
     format: FormatOption = Format.human,
     save: SaveOption = None,
@@ -239,16 +240,16 @@ def convert(
         base = base.updated(dict.fromkeys(BUDGETS), source="flags")
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
-        result = run_conversion(settings, progress, dry_run=dry_run)
+        result = plan_settings(settings, progress) if dry_run else run_conversion(settings, progress)
+    if dry_run:
+        output.emit(result, lambda console: render_plan(console, result))
+        if not result["verdict"]["fits"]:
+            raise typer.Exit(1)
+        return
     output.emit(result, lambda console: _render(console, result))
 
 
 def _render(console: Console, result: dict[str, Any]) -> None:
-    if result["dry_run"]:
-        console.print(sites_table(result["kinds"]))
-        print_left_dense(console, result["left_dense"])
-        console.print(f"{result['linears']} linears at {result['sites']} input sites. Dry run: nothing was written.")
-        return
     if result["relufied"] is not None:
         console.print(f"{said_of(result['relufied'])}.", markup=False)
     if result["ledger"] is None:

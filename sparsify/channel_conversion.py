@@ -82,7 +82,7 @@ def choose_channels(
     """Returns the choice for the linears of `shapes`; the model is rotated by then where that was asked for."""
     method = method.bind(shapes)
     chooser = allocation_of(allocation, method)
-    rotate = rotate or _rotates(model, method)
+    rotate = rotate or rotates(model, method)
     if rotate:
         rotate_model(model, calibration, progress=progress)
     linears = prepare(model, targets, shapes, getattr(method, "svd", "auto"))
@@ -98,7 +98,8 @@ def choose_channels(
     return Channels(linears, chosen, chooser.name, rotate)
 
 
-def _rotates(model: PreTrainedModel, method: Method) -> bool:
+def rotates(model: PreTrainedModel, method: Method) -> bool:
+    """Whether the method itself asks for a rotation of the model, which may be on the meta device, and it can be."""
     rotation = getattr(method, "rotation", None)
     if rotation == "where-possible":
         return method.sparsity > 0.0 and rotation_problem(model) is None

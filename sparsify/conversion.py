@@ -42,7 +42,7 @@ def convert(
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
     """
     refuse_converted(model)
-    _check_tokens(model, calibration.tokens)
+    check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
     shapes = linear_shapes(model, targets)
     if isinstance(method, Relu):
@@ -82,7 +82,8 @@ def refuse_converted(model: PreTrainedModel) -> None:
         raise SparsifyError("this model is quantised: sparsify converts models with floating-point weights")
 
 
-def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raises SparsifyError for calibration tokens that the model cannot take."""
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     for token in (int(tokens.min()), int(tokens.max())):
