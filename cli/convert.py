@@ -204,7 +204,8 @@ def convert(
         Path | None, typer.Option(help="YAML with any of these settings; flags win over it.", metavar="FILE")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, as `sparsify plan` does: no weight is read, nothing written.")
+        bool,
+        typer.Option("--dry-run", help="Show the plan, as `sparsify plan` does: no weight is read."),
     ] = False,
     format: FormatOption = Format.human,
     save: SaveOption = None,

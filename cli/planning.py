@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.cli.conversion import allocate, check_model, check_out, configure, read_texts
 from sparsify.cli.budgets import settle_budget
+from sparsify.cli.conversion import allocate, check_model, check_out, configure, read_texts
 from sparsify.cli.loading import pick_device
 from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p
 from sparsify.cli.progress import Progress
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sparsify.allocation import Allocation
     from sparsify.calibration import Calibration
-    from sparsify.conversion_cost import Load, ModelSize, Stage
+    from sparsify.conversion_cost import Load, ModelSize
     from sparsify.methods import AnyMethod
     from sparsify.plan import ConversionPlan, Range
     from sparsify.skeleton import Skeleton
@@ -151,7 +151,7 @@ def _load(asked: _Asked, device: "torch.device", skeleton: "Skeleton", seconds: 
     from sparsify.evals.machine import resident_memory
     from sparsify.kernels.dispatch import preferred_backend
 
-    settings, hidden = asked.settings, skeleton.model.get_input_embeddings().weight.shape[1]
+    settings, hidden = asked.settings, int(skeleton.model.config.get_text_config(decoder=True).hidden_size)
     by_quality = settings.max_ppl_increase is not None and asked.method is not None
     on_cpu = device.type == "cpu"
     stored = skeleton.stored or {}
@@ -292,8 +292,8 @@ def _verdict(found: dict[str, Any], asked: _Asked) -> dict[str, Any]:
             said.append(f"With --stream it takes one block at a time, about {byte_count(streamed)}.")
         elif streamed is None:
             said.append(
-                f"It cannot be streamed: {memory['not_streamed']}; --method rsparse or teal with allocation uniform can "
-                "(--stream)."
+                f"It cannot be streamed, {memory['not_streamed']}: --method rsparse or teal with allocation uniform "
+                "can be (--stream)."
             )
         else:
             said.append("Not even one block at a time fits: use a machine with more memory.")

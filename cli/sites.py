@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def describe_sites(model: "PreTrainedModel", targets: "Targets | None" = None) -> dict[str, Any]:
     """Returns the linears that a conversion would make sparse, kind by kind, and what it would leave dense.
 
-    The model may be on the meta device; targets: its own, where they were found before. A kind is a name with its block number replaced by *; linears of one kind and different shapes are two.
+    The model may be on the meta device; targets: its own, where they were found before.
+    A kind is a name with its block number replaced by *; linears of one kind and different shapes are two.
     """
     import torch
 

@@ -7,7 +7,7 @@ kept anywhere.
 import hashlib
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int) -> Rate
     rates: dict[torch.dtype, float] = {}
     for kind in (dtype, torch.float32, torch.float64):
         x, weight = random(tokens, _INPUTS, dtype=kind), random(_OUTPUTS, _INPUTS, dtype=kind)
-        rates.setdefault(kind, flops / timed(lambda x=x, weight=weight: F.linear(x, weight)))
+        rates.setdefault(kind, flops / timed(partial(F.linear, x, weight)))
     square, tall = random(_SVD, _SVD, dtype=torch.float64), random(*_QR)
     values, scores = random(tokens, 4 * _INPUTS, dtype=dtype), random(tokens, _INPUTS, dtype=dtype)
     data = bytes(_HASHED)

@@ -60,7 +60,9 @@ def convert(
         method=method.name,
         # Not named where it is off: an older sparsify's methods do not know it.
         method_config={
-            key: value for key, value in options_of(method.bind(shapes)).items() if (key, value) != ("compensate", False)
+            key: value
+            for key, value in options_of(method.bind(shapes)).items()
+            if (key, value) != ("compensate", False)
         },
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],

@@ -2,8 +2,8 @@
 
 Memory is counted from how the stages work: what is alive at once at each one's worst moment. Time is the floating-point
 work of its products at measured rates, and the passes over activations and scores that are bound by memory; constants
-were fitted once to conversions that were measured (docs/plan.md). Both are estimates. Not covered: the speed of the disk
-beyond hashing, the search for a speed, and the fit of a relufied model's MLPs.
+were fitted once to conversions that were measured (docs/plan.md). Both are estimates. Not covered: the speed of the
+disk beyond hashing, the search for a speed, and the fit of a relufied model's MLPs.
 """
 
 import math
@@ -99,7 +99,7 @@ class Stage:
 
 def model_size(model: PreTrainedModel) -> ModelSize:
     """Returns the sizes of a dense model, which may be on the meta device."""
-    prefix, blocks = decoder_blocks(model)
+    _, blocks = decoder_blocks(model)
     config = model.config.get_text_config(decoder=True)
     inside = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     flops, moved, widest = 0.0, 0.0, 0
@@ -285,7 +285,9 @@ class _Cost:
         scores = sum(shape.inputs for shape in shapes.values()) * self.run.seq_len
         seconds += self.forward(work.forwards, heads=work.heads) + self.products(work.products)
         seconds += work.counted * scores / self.rates.scores + self._sampled()
-        svd = max((_work_bytes(shapes[n], svd_bytes(shapes[n], rank, self.svd)) for n, rank in self.ranks.items()), default=0)
+        svd = max(
+            (_work_bytes(shapes[n], svd_bytes(shapes[n], rank, self.svd)) for n, rank in self.ranks.items()), default=0
+        )
         graph = 0.0
         if work.heads:
             graph = _logit_bytes(self.size, self.run.seq_len, work.batch) * _KL_COPIES

@@ -93,7 +93,8 @@ def low_rank(weight: Tensor, rank: int, svd: str = "auto") -> LowRank:
     svd: "exact", "randomised", or "auto" as is_exact says. Deterministic on one machine.
     """
     weight = weight.detach()
-    if is_exact(svd, *weight.shape, rank):
+    outputs, inputs = weight.shape
+    if is_exact(svd, outputs, inputs, rank):
         return _exact(weight, rank)
     return _randomised(weight, rank)
 

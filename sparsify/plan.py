@@ -22,7 +22,7 @@ from sparsify.methods import AnyMethod, Method, NeuronMethod
 from sparsify.methods.relu import Relu
 from sparsify.neuron_conversion import plan_neurons, refuse_allocation
 from sparsify.relu_conversion import find_relu_mlps, refuse_without_rest
-from sparsify.rotation import rotation_problem
+from sparsify.rotation import refuse_unrotatable
 from sparsify.skeleton import stored_dense_bytes
 from sparsify.targets import Targets, find_targets, linear_shapes
 
@@ -128,11 +128,7 @@ def plan_channels(
     method = method.bind(shapes)
     chooser = allocation_of(allocation, method)
     if rotate or getattr(method, "rotation", None) == "model":
-        if (reason := rotation_problem(model)) is not None:
-            raise SparsifyError(
-                f"this model cannot be rotated as a whole, {reason}: use larosa with rotation='layer', or convert "
-                "without"
-            )
+        refuse_unrotatable(model)
     rotated = rotate or rotates(model, method)
     options, settled = _options(model, method, chooser, shapes)
     if getattr(method, "learns_compensation", False):
@@ -141,9 +137,7 @@ def plan_channels(
     if not settled:
         added = _moved(added, method, chooser, shapes)
     dense = stored_dense_bytes(model) + (_tied_head_bytes(model) if rotated else 0)
-    return ConversionPlan(
-        targets, shapes, options, settled, chooser.name, rotated, added, dense, targets.left_dense
-    )
+    return ConversionPlan(targets, shapes, options, settled, chooser.name, rotated, added, dense, targets.left_dense)
 
 
 def _options(
@@ -234,9 +228,7 @@ def _plan_relu(
     if method.rest is None:
         dense = stored_dense_bytes(model)
         added = _thresholds(shapes)
-        return ConversionPlan(
-            targets, shapes, {}, True, "uniform", False, added, dense, targets.left_dense, len(mlps)
-        )
+        return ConversionPlan(targets, shapes, {}, True, "uniform", False, added, dense, targets.left_dense, len(mlps))
     others = {name: shape for name, shape in shapes.items() if name not in settled}
     plan = plan_channels(model, method.rest, targets, others, allocation=allocation, rotate=rotate)
     own = _thresholds({name: shapes[name] for name in shapes if name in settled})

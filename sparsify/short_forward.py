@@ -62,9 +62,9 @@ def is_expert_weight(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
 
 
-class _Watching(TorchDispatchMode):
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, products: Products | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._products = products
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -105,7 +105,10 @@ def test_what_text_chooses_lies_between_the_bounds(
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("LlamaConfig", {"num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": True}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "experts": ("MixtralConfig", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}),
+    "experts": (
+        "MixtralConfig",
+        {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96},
+    ),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 
