@@ -201,7 +201,7 @@ def streamed_peak(
         batch = _measured_batch(size, load.seq_len, load.eval_windows)
         head = size.vocabulary * size.hidden * size.element_size + _logit_bytes(size, load.seq_len, batch)
     histograms = 8 * _HISTOGRAM_BYTES * len(shapes) // max(len(size.blocks), 1)
-    return load.base_bytes + max(2 * block + work + activations + histograms, rows + activations, head)
+    return load.base_bytes + _OWN_BYTES + max(2 * block + work + activations + histograms, rows + activations, head)
 
 
 @dataclass(frozen=True)
@@ -247,15 +247,19 @@ class _Cost:
         passes = windows * tokens * self.size.moved * _PASSES + heads * tokens * self.size.vocabulary * _LOGIT_PASSES
         return (windows * flops + heads * head) / self.rates.model + passes / self.rates.values
 
-    def products(self, times: float) -> float:
-        """Returns the seconds of fp32 products of a window with every linear's weight, so many times."""
+    def products(self, times: float, casts: float = 0.0) -> float:
+        """Returns the seconds of fp32 products of a window with every linear's weight, so many times.
+
+        casts: how often the weights are made fp32 for them.
+        """
         numbers = sum(shape.outputs * shape.inputs for shape in self.plan.shapes.values())
         moved = sum(shape.outputs + shape.inputs for shape in self.plan.shapes.values())
         flops = 2.0 * self.run.seq_len * numbers * times
-        return flops / self.rates.single + moved * self.run.seq_len * times * _PASSES / self.rates.values
+        passes = moved * self.run.seq_len * times * _ERROR_PASSES + casts * numbers
+        return flops / self.rates.single + passes / self.rates.values
 
     def stage(self, name: str, seconds: float, extra: float) -> Stage:
-        return Stage(name, seconds, self.run.base_bytes + self.weights + int(extra))
+        return Stage(name, seconds, self.run.base_bytes + _OWN_BYTES + self.weights + int(extra))
 
     def load(self) -> Stage:
         largest = max((8 * s.outputs * s.inputs for s in self.plan.shapes.values()), default=0)
@@ -313,6 +317,7 @@ class _Cost:
         activations = _forward_bytes(self.size, self.run.seq_len, 1)
         name = "calibrate"
         seconds = self.forward(passes * self.run.windows) + scores
+        seconds += _FIT_SECONDS * sum(len(options) for options in self.plan.options.values())
         return [self.stage(name, seconds, self._again() + self.factors + counted + activations)]
 
     def _histogram_keys(self) -> list[tuple[str, int]]:
@@ -336,7 +341,7 @@ class _Cost:
             return []
         if not self.plan.settled:
             count = 2 if self._learns() else 1
-        seconds = self.forward(windows) + self.products(windows * (1 + max(count, 1)))
+        seconds = self.forward(windows) + self.products(windows * (1 + max(count, 1)), windows)
         largest = max(self.plan.shapes.values(), key=lambda s: s.outputs * s.inputs)
         extra = 4 * largest.outputs * largest.inputs + 6 * 4 * self.run.seq_len * (largest.inputs + largest.outputs)
         return [self.stage("compare", seconds, self._again() + self.factors + extra)]
@@ -366,7 +371,7 @@ class _Cost:
     def measure(self) -> list[Stage]:
         if not self.run.eval_windows:
             return []
-        windows = 2.0 * self.run.eval_windows
+        windows = (1.0 + _SPARSE) * self.run.eval_windows
         batch = _measured_batch(self.size, self.run.seq_len, self.run.eval_windows)
         extra = _logit_bytes(self.size, self.run.seq_len, batch) + _forward_bytes(self.size, self.run.seq_len, batch)
         return [self.stage("measure", self.forward(windows, heads=windows), self._swapped() + extra)]
@@ -389,6 +394,9 @@ class _Cost:
 # Passes over what a forward moves between products; over logits; copies of a batch's fp32 logits alive in the
 # divergence of two models; parts of what a forward moves that a backward keeps.
 _PASSES, _LOGIT_PASSES, _KL_COPIES, _SAVED = 6.0, 3.0, 4.0, 2.0
+# Passes over a linear's inputs and outputs while a candidate's error is summed; a sparse forward's time by a dense one's;
+# seconds for a candidate's threshold and tensors; what a process grows by while it runs a model for the first time.
+_ERROR_PASSES, _SPARSE, _FIT_SECONDS, _OWN_BYTES = 12.0, 2.2, 0.004, 100 * _MB
 _READ_RATE, _WRITE_RATE = 1e9, 1e9
 _FIRST_FORWARD = 64 * _MB
 
