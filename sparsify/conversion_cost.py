@@ -394,8 +394,8 @@ class _Cost:
 # Passes over what a forward moves between products; over logits; copies of a batch's fp32 logits alive in the
 # divergence of two models; parts of what a forward moves that a backward keeps.
 _PASSES, _LOGIT_PASSES, _KL_COPIES, _SAVED = 6.0, 3.0, 4.0, 2.0
-# Passes over a linear's inputs and outputs while a candidate's error is summed; a sparse forward's time by a dense one's;
-# seconds for a candidate's threshold and tensors; what a process grows by while it runs a model for the first time.
+# Passes over a linear's inputs and outputs while a candidate's error is summed; a sparse forward's time by a dense
+# one's; seconds for a candidate's threshold and tensors; what a process grows by while it first runs a model.
 _ERROR_PASSES, _SPARSE, _FIT_SECONDS, _OWN_BYTES = 12.0, 2.2, 0.004, 100 * _MB
 _READ_RATE, _WRITE_RATE = 1e9, 1e9
 _FIRST_FORWARD = 64 * _MB
