@@ -26,6 +26,7 @@ from sparsify.mlp_layer import place_neuron_layers
 from sparsify.model_config import check_model_config
 from sparsify.preflight import check_files, check_loaded
 from sparsify.runtime import set_prefill, sparse_layers
+from sparsify.tensor_parallel import check_divisible, split_layers
 from sparsify.token_layer import link_rotations, make_layer
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ class SparsifyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         add_sparse_layers(model, config)
+        check_divisible(model, config.method)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
+        split_layers(model, self.quantization_config.method)
         mapped = MappedWeights()
         for name, layer in sparse_layers(model).items():
             if layer.lends_buffers and any(b is not None and b.is_meta for b in layer._buffers.values()):
