@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 # The dimension along which a tensor of a layer is cut; one that is not named is whole in every process.
 _CUT: Mapping[str, Mapping[str, int]] = {
@@ -45,12 +45,20 @@ class LayerPart:
         count, start = Shard.local_shard_size_and_offset(self.size, self.mesh.size(), self.mesh.get_local_rank())
         return slice(start, start + count)
 
+    def placeholder(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns what stands for a tensor that is not read yet, on the meta device: a DTensor where it is cut."""
+        dim = _CUT[self.by].get(name)
+        return tensor if dim is None else distribute_tensor(tensor, self.mesh, [Shard(dim)], src_data_rank=None)
+
     def of(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns this process's part of a whole tensor of the layer, in memory of its own; a whole one as it is."""
+        """Returns this process's part of a tensor of the layer that was read in part or as a whole, not as DTensor."""
+        if isinstance(tensor, DTensor):
+            return tensor.to_local()
         dim = _CUT[self.by].get(name)
         if dim is None:
             return tensor
         part = self.range
+        # A copy, so that the whole can go.
         return tensor.narrow(dim, part.start, part.stop - part.start).clone()
 
     def joined(self, name: str, tensor: Tensor) -> Tensor:
@@ -61,11 +69,13 @@ class LayerPart:
     def run(self, x: Tensor, own: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
         """Returns the layer's output for x [..., I] or this process's channels of it; own: what this part computes."""
         if self.by == "outputs":
-            y = own(_SumOfGradients.apply(x, self.mesh) if x.requires_grad else x)
+            if x.requires_grad:
+                x = _SumOfGradients.apply(x, self.mesh)  # type: ignore[no-untyped-call]
+            y = own(x)
             return self._sharded(y, y.dim() - 1).redistribute(placements=[Replicate()]).to_local() if self.whole else y
         y = own(x[..., self.range] if self.whole else x)
         if y.requires_grad:
-            y = _Sum.apply(y, self.mesh)
+            y = _Sum.apply(y, self.mesh)  # type: ignore[no-untyped-call]
         else:
             dist.all_reduce(y := y.contiguous(), group=self.mesh.get_group())
         return y if bias is None else y + bias

@@ -6,7 +6,7 @@ keeps its name and shape, so a checkpoint is still the dense model where this pa
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from sparsify.kernels.dispatch import select_backend
 from sparsify.kernels.layout import channel_contiguous
 from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import Backend, SparseTensors
-from sparsify.layer_part import LayerPart
+
+if TYPE_CHECKING:
+    from sparsify.layer_part import LayerPart
 
 
 class SparsitySwitch:
@@ -53,7 +55,7 @@ class SparseLayer(nn.Module):
     # Whether other modules read this one's buffers, so that they must stay in memory.
     lends_buffers = False
     # What this process holds of a layer that several hold together; None: the whole of it.
-    part: LayerPart | None = None
+    part: "LayerPart | None" = None
 
     def _add_buffers(
         self, inputs: int, outputs: int, *, scaled: bool, rank: int, compensated: bool, switch: SparsitySwitch

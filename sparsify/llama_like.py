@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsify.linear import SparseLinear
 from sparsify.relu_layer import FatRelu
-from sparsify.tensor_parallel import is_divided
+from sparsify.runtime import is_divided
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 # Rotary embeddings whose angles depend on nothing but the position.

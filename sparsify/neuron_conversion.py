@@ -26,6 +26,7 @@ from sparsify.mlp_targets import cut_mlps, find_mlps
 from sparsify.neuron_budget import neuron_densities
 from sparsify.neuron_cut import Mlp, NeuronCut, NeuronCuts
 from sparsify.plugin import attach
+from sparsify.processes import WindowSums
 from sparsify.prompt_choice import squared_shares
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight
@@ -119,10 +120,12 @@ def _fit(
         for name, histogram in histograms.items()
     ]
     try:
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
+    for histogram in histograms.values():
+        histogram.add_up(calibration.processes)
     for fit in fits:
         histogram = histograms[fit.mlp.activation]
         if not histogram.finite:
@@ -147,6 +150,7 @@ def measure_neuron_errors(
     by_down = {fit.mlp.down: fit for fit in fits}
     activated: dict[str, Tensor] = {}
     weights = {name: dense_weight(model.get_submodule(name)) for name in by_down}
+    sums = WindowSums(calibration.processes)
 
     def see(name: str, x: Tensor) -> None:
         fit, number = by_down[name], torch.tensor(by_down[name].number, device=x.device)
@@ -160,8 +164,8 @@ def measure_neuron_errors(
         weight = weights[name].float()
         dropped = F.linear(torch.where(keep, 0.0, h).float(), weight).square().sum(-1, dtype=torch.float64)
         size = F.linear(h.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
-        fit.tokens += len(h)
-        fit.error += float((dropped / size).sum())
+        error = (dropped / size).sum()
+        sums.add(name, torch.stack([error, error.new_tensor(len(h))]))
 
     handles = [
         model.get_submodule(fit.mlp.activation).register_forward_hook(
@@ -172,10 +176,14 @@ def measure_neuron_errors(
     step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
     try:
         with hooked({name: model.get_submodule(name) for name in by_down}, see):
-            run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
+            windows = calibration.processes.part(calibration.tokens[::step][:_ERROR_WINDOWS])
+            run_batches(model, windows, "compare", progress)
     finally:
         for handle in handles:
             handle.remove()
+    for name, (error, tokens) in sums.totals().items():
+        by_down[name].error += float(error)
+        by_down[name].tokens += int(tokens)
 
 
 def _entries(shapes: Mapping[str, LinearShape], fits: list[NeuronFit], cut: NeuronCut) -> dict[str, LinearEntry]:

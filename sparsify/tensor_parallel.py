@@ -8,16 +8,18 @@ rotation does not, so layers with one are refused where their inputs are divided
 Not covered: other kinds of parallelism (FSDP, pipelines, experts), and plans that pack several matrices in one.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyError
 from sparsify.layer_part import LayerPart
 from sparsify.linear import SparseConv1D, SparseLinear
-from sparsify.runtime import sparse_layers
+from sparsify.preflight import ADDED
+from sparsify.runtime import is_divided, sparse_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,18 +36,66 @@ _STYLES: Mapping[str, tuple[Literal["outputs", "inputs"], bool]] = {
 _OTHER_SIZES = ("dp_size", "fsdp_size", "pp_size", "ep_size")
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether this process holds a part of the model only."""
-    return getattr(model, "_device_mesh", None) is not None
+def read_in_parts(model: "PreTrainedModel", method: str) -> RemovableHandle:
+    """Has from_pretrained read of the added tensors, too, this process's part only, until the handle is removed.
 
-
-def check_divisible(model: "PreTrainedModel", method: str) -> None:
-    """Checks, before weights are read, that the model can run in the way that from_pretrained was asked to divide it.
-
+    It reads a part of what is a DTensor in the state_dict that it takes once the dense weights are divided.
     Raises SparsifyError for a method whose layers choose among all channels, and for other kinds of parallelism.
     """
+    _check_divisible(model, method)
+
+    def place(*_: Any) -> None:
+        for layer, part in _divided(model, method):
+            if layer.weight.is_meta:
+                for name, buffer in layer._buffers.items():
+                    if buffer is not None and not isinstance(buffer, DTensor):
+                        layer._buffers[name] = part.placeholder(name, buffer)
+
+    handle: RemovableHandle = model.register_state_dict_pre_hook(place)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def split_layers(model: "PreTrainedModel", method: str) -> None:
+    """Makes every sparse layer whose weight was read in part run, and be saved, as this process's part of it.
+
+    Raises SparsifyError as read_in_parts does.
+    """
+    for layer, part in list(_divided(model, method)):
+        _split(layer, part)
+
+
+def _divided(model: "PreTrainedModel", method: str) -> Iterator[tuple[SparseLinear | SparseConv1D, LayerPart]]:
+    if not is_divided(model):
+        return
+    plan = _plan_of(model)
+    for name, layer in sparse_layers(model).items():
+        weight: Any = layer.weight
+        if isinstance(weight, DTensor):
+            by, whole = _check_layer(name, layer, _style_of(name, plan), method)
+            size = layer.sparse_out if by == "outputs" else layer.sparse_in
+            yield layer, LayerPart(by, whole, size, weight.device_mesh)
+
+
+def _split(layer: SparseLinear | SparseConv1D, part: LayerPart) -> None:
+    # transformers makes a parameter of every tensor that it reads in part.
+    for name in [name for name in layer._parameters if name in ADDED]:
+        layer._buffers[name] = layer._parameters.pop(name)
+    for name, parameter in layer._parameters.items():
+        if parameter is not None:
+            own = part.of(name, parameter.detach())
+            layer._parameters[name] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:
+            layer._buffers[name] = part.of(name, buffer.detach())
+    # transformers' own, which knows neither the low rank nor the compensated bias.
+    layer.__dict__.pop("forward", None)
+    layer.part = part
+
+
+def _check_divisible(model: "PreTrainedModel", method: str) -> None:
     asked = getattr(model.config, "distributed_config", None)
-    if asked is None:
+    # A mapping is what some config.json holds.
+    if asked is None or isinstance(asked, dict):
         return
     for name in _OTHER_SIZES:
         if (size := getattr(asked, name, None)) not in (None, 1):
@@ -61,58 +111,23 @@ def check_divisible(model: "PreTrainedModel", method: str) -> None:
             _check_layer(name, layer, style, method)
 
 
-def split_layers(model: "PreTrainedModel", method: str) -> None:
-    """Makes every sparse layer whose weight was read in part run, and be saved, as this process's part of it.
-
-    Raises SparsifyError as check_divisible does.
-    """
-    if not is_divided(model):
-        return
-    from torch.distributed.tensor import DTensor
-
-    plan = _plan_of(model)
-    for name, layer in sparse_layers(model).items():
-        weight: Any = layer.weight
-        if not isinstance(weight, DTensor):
-            continue
-        style = _style_of(name, plan)
-        _check_layer(name, layer, style, method)
-        by, whole = _STYLES[cast(str, style)]
-        size = layer.sparse_out if by == "outputs" else layer.sparse_in
-        _split(layer, LayerPart(by, whole, size, weight.device_mesh))
-
-
-def _split(layer: SparseLinear | SparseConv1D, part: LayerPart) -> None:
-    for name, parameter in layer._parameters.items():
-        if parameter is not None:
-            layer._parameters[name] = nn.Parameter(_local(parameter), requires_grad=parameter.requires_grad)
-    for name, buffer in layer._buffers.items():
-        if buffer is not None:
-            layer._buffers[name] = part.of(name, buffer)
-    # transformers' own, which knows neither the low rank nor the compensated bias.
-    layer.__dict__.pop("forward", None)
-    layer.part = part
-
-
-def _local(tensor: Tensor) -> Tensor:
-    found: Any = tensor.detach()
-    return cast(Tensor, found.to_local() if hasattr(found, "to_local") else found)
-
-
-def _check_layer(name: str, layer: SparseLinear | SparseConv1D, style: str | None, method: str) -> None:
-    if style not in _STYLES or isinstance(layer, SparseConv1D):
+def _check_layer(
+    name: str, layer: SparseLinear | SparseConv1D, style: str | None, method: str
+) -> tuple[Literal["outputs", "inputs"], bool]:
+    if style is None or style not in _STYLES or isinstance(layer, SparseConv1D):
         kind = "Conv1D" if isinstance(layer, SparseConv1D) else "linear"
         raise SparsifyError(
             f"the tensor-parallel plan divides the converted {kind} {name!r} as {style!r}: linears can be divided as "
             f"{', '.join(_STYLES)}"
         )
-    by, _ = _STYLES[style]
+    by, whole = _STYLES[style]
     if not layer.splits(by):
         raise SparsifyError(
             f"method {method} cannot run under tensor parallelism: {name} would have a part of its {by} in each "
             f"process, and chooses among all of them. {', '.join(_methods_that_can())} can; or spread the whole "
             "layers over devices with device_map='auto'"
         )
+    return by, whole
 
 
 def _methods_that_can() -> list[str]:

@@ -47,7 +47,9 @@ def _results(folder: Path, out: Path) -> dict[str, Any]:
         "generated": generated,
         "native": native_forward_of(model) is not None,
         "shapes": {
-            name: {key: list(t.shape) for key, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None}
+            name: {
+                key: list(t.shape) for key, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None
+            }
             for name, layer in sparse_layers(model).items()
         },
         "bytes": sum(t.nbytes for layer in sparse_layers(model).values() for t in layer.buffers()),
