@@ -49,7 +49,12 @@ class _Gate(_NeuronLayer):
 
     def neurons_of(self, x: Tensor) -> Tensor:
         """Returns the same [..., F] for the gate's input x [..., I]."""
-        y = F.linear(x, self.tensors().weight, self.bias)
+        # Not the product of the weight: where it is offloaded, only a forward brings it.
+        before, self.switch.forced_dense = self.switch.forced_dense, True
+        try:
+            y: Tensor = self.forward(x)
+        finally:
+            self.switch.forced_dense = before
         return self.neurons(y.chunk(2, dim=-1)[0] if self.fused else y)
 
     def keep(self, x: Tensor) -> Tensor:
