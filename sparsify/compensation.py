@@ -48,7 +48,7 @@ def compensate_means(
     if not modules:
         return
 
-    sums = WindowSums(calibration.processes)
+    sums: WindowSums[tuple[str, int]] = WindowSums(calibration.processes)
 
     def see(name: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])

@@ -76,7 +76,7 @@ def measure_errors(
     Relative token by token: otherwise the few tokens with huge activations, such as BOS, decide alone.
     """
 
-    sums = WindowSums(calibration.processes)
+    sums: WindowSums[tuple[str, int]] = WindowSums(calibration.processes)
 
     def see(name: str, x: Tensor) -> None:
         linear = linears[name]

@@ -7,13 +7,15 @@ device, the same number of threads). Not covered: one model in parts (sparsify.t
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.launch import launched_count
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ def launched(*, cpu: bool) -> Processes:
     return Processes(state.process_index, state.num_processes)
 
 
-class WindowSums:
+class WindowSums(Generic[K]):
     """Sums over windows of which each process sees a part, added in the order of the windows: a float sum has one."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._values: dict[Hashable, list[Tensor]] = {}
+        self._values: dict[K, list[Tensor]] = {}
 
-    def add(self, key: Hashable, value: Tensor) -> None:
+    def add(self, key: K, value: Tensor) -> None:
         """Adds the next window's value, fp64 of any shape, to the sum of that key."""
         values = self._values.setdefault(key, [])
         if self._processes.count == 1 and values:
@@ -95,11 +97,11 @@ class WindowSums:
         else:
             values.append(value)
 
-    def totals(self) -> dict[Hashable, Tensor]:
+    def totals(self) -> dict[K, Tensor]:
         """Returns the sums over the windows of all processes, on the device of this one's values."""
         device = next((values[0].device for values in self._values.values()), torch.device("cpu"))
         own = {key: torch.stack(values).cpu() for key, values in self._values.items()}
-        totals: dict[Hashable, Tensor] = {}
+        totals: dict[K, Tensor] = {}
         for part in self._processes.gathered(own):
             for key, values in part.items():
                 for value in values:

@@ -173,7 +173,7 @@ class _Second(Processes):
 
 def test_sums_are_in_the_order_of_the_windows() -> None:
     values = torch.tensor([1.0, 1e16, -1e16, 3.0], dtype=torch.float64)
-    whole = WindowSums(ONE)
+    whole: WindowSums[str] = WindowSums(ONE)
     for value in values:
         whole.add("x", value)
     expected = 0.0
@@ -183,7 +183,7 @@ def test_sums_are_in_the_order_of_the_windows() -> None:
     process = _Second(1, 2)
     assert process.part(values).tolist() == values[2:].tolist()
     _Second.given = {"x": values[:2]}
-    half = WindowSums(process)
+    half: WindowSums[str] = WindowSums(process)
     for value in process.part(values):
         half.add("x", value)
     assert float(half.totals()["x"]) == expected
