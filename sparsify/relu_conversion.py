@@ -137,7 +137,7 @@ class _ActiveCount:
 
     def share(self, processes: Processes) -> float:
         active, seen = processes.total(self._counts).tolist()
-        return float(active) / seen
+        return int(active) / int(seen)
 
 
 def _swap(
