@@ -73,12 +73,20 @@ ONE = Processes()
 
 
 def launched(*, cpu: bool) -> Processes:
-    """Returns the processes of this launch, connected to each other; ONE without a launcher. cpu: use no GPU."""
+    """Returns the processes of this launch, connected to each other; ONE without a launcher. cpu: use no GPU.
+
+    Raises SparsifyError where they cannot be connected.
+    """
     if launched_count() < 2:
         return ONE
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu)
+    if state.num_processes != launched_count():
+        raise SparsifyError(
+            f"the launcher has started {launched_count()} processes, and accelerate cannot connect them on this device: "
+            "use GPUs or --device cpu, or start one process"
+        )
     return Processes(state.process_index, state.num_processes)
 
 
