@@ -84,8 +84,8 @@ def launched(*, cpu: bool) -> Processes:
     state = PartialState(cpu=cpu)
     if state.num_processes != launched_count():
         raise SparsifyError(
-            f"the launcher has started {launched_count()} processes, and accelerate cannot connect them on this device: "
-            "use GPUs or --device cpu, or start one process"
+            f"the launcher has started {launched_count()} processes, and accelerate cannot connect them on this "
+            "device: use GPUs or --device cpu, or start one process"
         )
     return Processes(state.process_index, state.num_processes)
 
