@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparsify.calibration import Calibration
     from sparsify.config import SparsifyConfig
     from sparsify.methods import AnyMethod
+    from sparsify.processes import Processes
     from sparsify.text import Windows
 
 
@@ -39,10 +40,14 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     asked, settings = settings, settle_budget(settle_relufy(settings))
     method = None if by_neurons else configure(settings)
     allocation = None if method is None else allocate(settings, method)
-    out = check_out(settings.out)
     device = pick_device(settings.device)
+    processes = _processes(settings, device)
+    out = check_out(settings.out)
     spec = check_model(settings.model)
     tokenizer, calibration, held_out, windows = read_texts(spec, settings, progress)
+    calibration = replace(calibration, processes=processes)
+    # No process may look for `out` after the first has made it.
+    processes.wait()
 
     relufied: dict[str, Any] | None = None
 
@@ -66,6 +71,9 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     else:
         assert held_out is not None
         model, met = convert_ppl_p(settings, make, calibration, held_out, progress)
+    if not processes.first:
+        processes.wait()
+        return {}
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill or config.prefill
     set_prefill(model, config.prefill)
@@ -78,12 +86,27 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     checkpoint.save(
         model, out, tokenizer, source=source, settings=settled, measured=card, budget=met.said, relufied=how
     )
+    processes.wait()
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
         report
         | _describe(config)
         | {"ledger": ledger_totals(ledger_of(model)), "measured": measured, "budget": met.found, "relufied": relufied}
     )
+
+
+def _processes(settings: ConvertSettings, device: str) -> "Processes":
+    """Returns the processes that convert together; what only one can do is refused."""
+    from sparsify.processes import launched
+
+    processes = launched(cpu=device.startswith("cpu"))
+    alone = ("speedup", "allocation_state", "reconstruct_state", "plain")
+    asked = [f"--{name.replace('_', '-')}" for name in alone if getattr(settings, name) not in (None, False)]
+    if processes.count > 1 and asked:
+        raise SparsifyError(
+            f"{asked[0]} is for one process, and {processes.count} are here: start one, without a launcher"
+        )
+    return processes
 
 
 def configure(settings: ConvertSettings) -> "AnyMethod":

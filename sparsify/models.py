@@ -105,10 +105,11 @@ def parse_dtype(name: str) -> "torch.dtype | str":
 
 
 def load_dense(
-    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False, **placed: Any
 ) -> PreTrainedModel:
     """Loads the model as a dense one in evaluation mode, a converted checkpoint too.
 
+    placed: from_pretrained's device_map, max_memory and offload_folder, in the place of a device.
     Raises SparsifyError for an unknown model, UnavailableError where the hub does not give it.
     """
     source = resolve_model(spec)
@@ -119,7 +120,7 @@ def load_dense(
         if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
             check_index(Path(source))
         found: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, output_loading_info=True, **options
+            source, config=config, dtype=wanted, output_loading_info=True, **options, **placed
         )
     model, info = found
     if missing := sorted(info["missing_keys"]):

@@ -27,6 +27,7 @@ from sparsify.mlp_targets import find_mlps
 from sparsify.neuron_conversion import NeuronFit, measure_neuron_errors, neuron_entries
 from sparsify.neuron_cut import Mlp, NeuronCuts
 from sparsify.plugin import attach
+from sparsify.processes import Processes
 from sparsify.relu_layer import is_relu
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets
@@ -117,27 +118,28 @@ def active_shares(
     counters = {mlp.activation: _ActiveCount(cut, model.device) for mlp in mlps}
     handles = [model.get_submodule(name).register_forward_hook(counter.see) for name, counter in counters.items()]
     try:
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
-    return {mlp.down: counters[mlp.activation].share for mlp in mlps}
+    return {mlp.down: counters[mlp.activation].share(calibration.processes) for mlp in mlps}
 
 
 class _ActiveCount:
     """A forward hook that counts the outputs of an activation that are above a cut."""
 
     def __init__(self, cut: float, device: torch.device) -> None:
-        self._cut, self._seen = cut, 0
-        self._active = torch.zeros((), dtype=torch.int64, device=device)
+        self._cut = cut
+        # Above the cut, and all.
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def see(self, module: nn.Module, args: object, y: Tensor) -> None:
-        self._active += (~(y.float() <= self._cut)).sum()
-        self._seen += y.numel()
+        self._counts[0] += (~(y.float() <= self._cut)).sum()
+        self._counts[1] += y.numel()
 
-    @property
-    def share(self) -> float:
-        return float(self._active) / self._seen
+    def share(self, processes: Processes) -> float:
+        active, seen = processes.total(self._counts).tolist()
+        return int(active) / int(seen)
 
 
 def _swap(
