@@ -15,7 +15,6 @@ from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p, convert_ppl_p
 from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import is_relufy, relufy_model, said_of, save_plain, settle_relufy
 from sparsify.cli.settings import ConvertSettings
-from sparsify.cli.sites import check_budgets, describe_sites
 from sparsify.errors import SparsifyError, UnavailableError
 
 if TYPE_CHECKING:
@@ -25,17 +24,14 @@ if TYPE_CHECKING:
     from sparsify.calibration import Calibration
     from sparsify.config import SparsifyConfig
     from sparsify.methods import AnyMethod
+    from sparsify.processes import Processes
     from sparsify.text import Windows
 
 
-def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
-    """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports.
-
-    With dry_run, nothing is calibrated or written, and `out` may be left out.
-    """
+def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, Any]:
+    """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports."""
     from sparsify import checkpoint
     from sparsify.ledger import ledger_of
-    from sparsify.relufication import check_relufiable
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
@@ -45,27 +41,24 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     asked, settings = settings, settle_budget(settle_relufy(settings))
     method = None if by_neurons else configure(settings)
     allocation = None if method is None else allocate(settings, method)
-    out = check_out(settings.out, needed=not dry_run)
     device = pick_device(settings.device)
+    processes = _processes(settings, device)
+    out = check_out(settings.out)
     spec = check_model(settings.model)
     tokenizer, calibration, held_out, windows = read_texts(spec, settings, progress)
+    calibration = replace(calibration, processes=processes)
+    # No process may look for `out` after the first has made it.
+    processes.wait()
 
     relufied: dict[str, Any] | None = None
 
     def make() -> "PreTrainedModel":
         nonlocal relufied
         model = _load_dense(spec, settings, device, progress)
-        if is_relufy(asked) and not dry_run:
+        if is_relufy(asked):
             relufied = relufy_model(model, asked, calibration, windows, progress)
         return model
 
-    if dry_run or out is None:
-        model = make()
-        if is_relufy(asked):
-            check_relufiable(model, asked.activation or "relu")
-        elif method is not None and allocation is not None:
-            check_budgets(model, method, uniform=allocation.name == "uniform")
-        return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
     source = source_of(spec)
     if asked.plain:
         model = make()
@@ -79,6 +72,9 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     else:
         assert held_out is not None
         model, met = convert_ppl_p(settings, make, calibration, held_out, progress)
+    if not processes.first:
+        processes.wait()
+        return {}
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill or config.prefill
     set_prefill(model, config.prefill)
@@ -86,9 +82,12 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     progress.note(f"writing {out}")
     card = card_rows(measured) if measured is not None else None
     how = None if relufied is None else said_of(relufied)
+    # As settled, so that defaults of another version change nothing; relufy is what was asked for, not its relu.
+    settled = asdict(replace(settings, method=asked.method))
     checkpoint.save(
-        model, out, tokenizer, source=source, settings=asdict(asked), measured=card, budget=met.said, relufied=how
+        model, out, tokenizer, source=source, settings=settled, measured=card, budget=met.said, relufied=how
     )
+    processes.wait()
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
         report
@@ -104,6 +103,20 @@ def source_of(spec: str) -> str:
     return Path(spec).name if Path(spec).is_dir() else ALIASES.get(spec, spec)
 
 
+def _processes(settings: ConvertSettings, device: str) -> "Processes":
+    """Returns the processes that convert together; what only one can do is refused."""
+    from sparsify.processes import launched
+
+    processes = launched(cpu=device.startswith("cpu"))
+    alone = ("speedup", "allocation_state", "reconstruct_state", "plain")
+    asked = [f"--{name.replace('_', '-')}" for name in alone if getattr(settings, name) not in (None, False)]
+    if processes.count > 1 and asked:
+        raise SparsifyError(
+            f"{asked[0]} is for one process, and {processes.count} are here: start one, without a launcher"
+        )
+    return processes
+
+
 def configure(settings: ConvertSettings) -> "AnyMethod":
     """Returns the method; an option that it does not take is refused, one that was not given is left to it."""
     from sparsify.methods import get_method
@@ -113,12 +126,16 @@ def configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    names = ("rho", "score", "recipe", "rotation", "cut")
+    names = ("rho", "score", "recipe", "rotation", "cut", "svd")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True
-    # Where the budget is another one, the sparsity is looked for.
-    return about.configure(sparsity=DEFAULT_SPARSITY if settings.sparsity is None else settings.sparsity, **given)
+    if settings.sparsity is not None:
+        given["sparsity"] = settings.sparsity
+    elif settings.max_ppl_increase is not None or settings.speedup is not None:
+        # It is looked for, from here.
+        given["sparsity"] = DEFAULT_SPARSITY
+    return about.configure(**given)
 
 
 def allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
@@ -136,14 +153,12 @@ def allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     return allocation
 
 
-def check_out(out: str | None, *, needed: bool, resume: bool = False) -> Path | None:
+def check_out(out: str | None, *, resume: bool = False) -> Path:
     """Checks, before hours of work, that the folder can be made at their end; one that is resumed may be there."""
     from sparsify.new_folder import check_output
 
     if out is None:
-        if needed:
-            raise SparsifyError("no --out: name the folder to write, which must not exist yet")
-        return None
+        raise SparsifyError("no --out: name the folder to write, which must not exist yet")
     path = Path(out)
     if not resume:
         check_output(path)
@@ -271,5 +286,16 @@ def describe(config: "SparsifyConfig") -> dict[str, Any]:
         "calibration": asdict(config.calibration),
         "low_rank_linears": sum(entry.rank > 0 for entry in entries.values()),
         "mean_error": sum(entry.error for entry in entries.values()) / len(entries),
+        "svd": _sketched(config),
         "worst_error": {"linear": worst, "error": entries[worst].error},
     }
+
+
+def _sketched(config: "SparsifyConfig") -> dict[str, Any] | None:
+    """Returns how many factors are of a randomised SVD, and their errors ‖W − L‖/‖W‖; None where none is."""
+    errors = {n: e.low_rank_error for n, e in config.linears.items() if e.low_rank_error is not None}
+    if not errors:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    mean = sum(errors.values()) / len(errors)
+    return {"randomised": len(errors), "mean_error": mean, "worst_error": {"linear": worst, "error": errors[worst]}}

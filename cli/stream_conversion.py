@@ -23,7 +23,6 @@ from sparsify.cli.ppl_p_conversion import PPL_P
 from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import is_relufy, settle_relufy
 from sparsify.cli.settings import ConvertSettings
-from sparsify.cli.sites import describe_sites
 from sparsify.errors import SparsifyError
 
 if TYPE_CHECKING:
@@ -35,32 +34,28 @@ if TYPE_CHECKING:
 _BATCH = 8
 
 
-def run_streamed(
-    settings: ConvertSettings, progress: Progress, *, resume: bool, dry_run: bool = False
-) -> dict[str, Any]:
+def run_streamed(settings: ConvertSettings, progress: Progress, *, resume: bool) -> dict[str, Any]:
     """Converts and saves block by block; returns what the command reports, as run_conversion does."""
-    from sparsify.streaming.conversion import convert_streamed, plan_streamed, streaming_problem
+    from sparsify.processes import launched
+    from sparsify.streaming.conversion import convert_streamed, streaming_problem
 
     started = time.monotonic()
     _refuse(settings)
-    asked, settings = settings, settle_budget(settle_relufy(settings))
+    settings = settle_budget(settle_relufy(settings))
     method = configure(settings)
     allocation = allocate(settings, method)
     if (problem := streaming_problem(method, allocation, rotate=settings.rotate)) is not None:
         raise SparsifyError(problem)
-    out = check_out(settings.out, needed=not dry_run, resume=resume)
+    out = check_out(settings.out, resume=resume)
     device = pick_device(settings.device)
+    if launched(cpu=device.startswith("cpu")).count > 1:
+        raise SparsifyError("--stream is for one process, and several are here: start it without a launcher")
     spec = check_model(settings.model)
     tokenizer, calibration, _, windows = read_texts(spec, settings, progress)
-    if dry_run or out is None:
-        model, targets = plan_streamed(
-            spec, method, calibration, allocation, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-        )
-        return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model, targets)
     done = convert_streamed(
         spec, out, method, calibration, allocation=allocation, dtype=settings.dtype, device=device,
         prefill=settings.prefill, trust_remote_code=settings.trust_remote_code, tokenizer=tokenizer,
-        source=source_of(spec), settings=asdict(asked), resume=resume, progress=progress, note=progress.note,
+        source=source_of(spec), settings=asdict(settings), resume=resume, progress=progress, note=progress.note,
         evaluation=None if windows is None else StreamedMeasurement(windows, progress),
     )  # fmt: skip
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}

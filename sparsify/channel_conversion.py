@@ -20,6 +20,7 @@ from sparsify.compensation import compensate_means, learned_or_not, with_uncompe
 from sparsify.config import LinearEntry
 from sparsify.fitting import Fit, best, fit_candidates, measure_errors
 from sparsify.linear import SparsitySwitch
+from sparsify.low_rank import Svd
 from sparsify.methods import Method
 from sparsify.rotation import rotate as rotate_model
 from sparsify.rotation import rotation_problem
@@ -53,7 +54,8 @@ class Channels:
         for name, linear in self.linears.items():
             c = self.fits[name].candidate
             error = self.fits[name].error / max(self.fits[name].tokens, 1)
-            ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
+            spectrum = linear.spectrum
+            sketched = spectrum is not None and not spectrum.exact and c.rank > 0
             entries[name] = LinearEntry(
                 c.sparsity,
                 c.rho,
@@ -61,10 +63,11 @@ class Channels:
                 c.scaled,
                 c.density,
                 error,
-                ranks,
+                None if spectrum is None else list(spectrum.energy_ranks()),
                 c.cut,
                 c.compensated or None,
                 owners.get(name),
+                spectrum.error(c.rank) if spectrum is not None and sketched else None,
             )
         return entries
 
@@ -86,7 +89,7 @@ def choose_channels(
     rotate = rotate or rotates(model, method)
     if rotate:
         rotate_model(model, calibration, progress=progress)
-    linears = prepare(model, targets, shapes)
+    linears = prepare(model, targets, shapes, getattr(method, "svd", "auto"))
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
     fits = fit_channels(model, method, linears, choices, shapes, calibration, progress)
     return Channels(linears, fits, chooser.name, rotate)
@@ -113,18 +116,20 @@ def fit_channels(
 
 
 def rotates(model: PreTrainedModel, method: Method) -> bool:
-    """Whether the method turns the model's residual stream by itself."""
+    """Whether the method itself asks for a rotation of the model, which may be on the meta device, and it can be."""
     rotation = getattr(method, "rotation", None)
     if rotation == "where-possible":
         return method.sparsity > 0.0 and rotation_problem(model) is None
     return rotation == "model"
 
 
-def prepare(model: PreTrainedModel, targets: Targets, shapes: Mapping[str, LinearShape]) -> dict[str, TargetLinear]:
+def prepare(
+    model: PreTrainedModel, targets: Targets, shapes: Mapping[str, LinearShape], svd: Svd = "auto"
+) -> dict[str, TargetLinear]:
     """Returns the linears of `shapes` with their site and column norms."""
     sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
     modules = {name: model.get_submodule(name) for name in shapes}
-    return {name: TargetLinear(modules[name], sites[name], _column_norms(modules[name])) for name in shapes}
+    return {name: TargetLinear(modules[name], sites[name], _column_norms(modules[name]), svd) for name in shapes}
 
 
 def _column_norms(linear: nn.Module) -> Tensor:

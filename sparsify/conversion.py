@@ -1,6 +1,5 @@
 """The story of a conversion: targets → choose (channels, neurons, or what ReLUs leave) → swap → describe."""
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from sparsify.channel_conversion import choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch
-from sparsify.methods import AnyMethod, Method, NeuronMethod
+from sparsify.methods import AnyMethod, Method, NeuronMethod, options_of
 from sparsify.methods.relu import Relu
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
@@ -82,7 +81,9 @@ def channel_config(
         sparsify_version=__version__,
         method=method.name,
         # Not named where it is off: an older sparsify's methods do not know it.
-        method_config={key: value for key, value in asdict(method).items() if (key, value) != ("compensate", False)},
+        method_config={
+            key: value for key, value in options_of(method).items() if (key, value) != ("compensate", False)
+        },
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=list(targets.left_dense),
@@ -102,7 +103,7 @@ def refuse_converted(model: PreTrainedModel) -> None:
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raises SparsifyError for calibration tokens that are not of the model's vocabulary, or too many."""
+    """Raises SparsifyError for calibration tokens that the model cannot take."""
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     for token in (int(tokens.min()), int(tokens.max())):

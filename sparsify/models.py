@@ -106,24 +106,40 @@ def parse_dtype(name: str) -> "torch.dtype | str":
 
 
 def load_dense(
-    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False, **placed: Any
 ) -> PreTrainedModel:
     """Loads the model as a dense one in evaluation mode, a converted checkpoint too.
 
+    placed: from_pretrained's device_map, max_memory and offload_folder, in the place of a device.
     Raises SparsifyError for an unknown model, UnavailableError where the hub does not give it.
     """
-    model = _from_pretrained(spec, dtype, trust_remote_code)
+    source = resolve_model(spec)
+    wanted = parse_dtype(dtype)
+    with hub_errors(spec, source), quiet():
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
+        config = dense_config(spec, trust_remote_code=trust_remote_code)
+        if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
+            check_index(Path(source))
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=wanted, output_loading_info=True, **options, **placed
+        )
+    model, info = found
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
+            f"{type(model).__name__}; download it again"
+        )
     loaded: PreTrainedModel = to_device(model, device).eval()
     return loaded
 
 
 def load_skeleton(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """Returns load_dense's model without its memory: every tensor on the meta device, with the dtype it would have.
+    """Returns load_dense's model without its memory, with all that a checkpoint says besides weights.
 
-    Raises as load_dense does; only the headers of the weights are read.
+    Unlike sparsify.skeleton's, it knows how its tensors are named on the disk and how it generates. Raises as
+    load_dense does, for a model whose weights are not here too.
     """
-    model: PreTrainedModel = _from_pretrained(spec, dtype, trust_remote_code, device_map={"": "meta"}).eval()
-    return model
+    return load_dense(spec, dtype=dtype, trust_remote_code=trust_remote_code, device_map={"": "meta"})
 
 
 def local_folder(spec: str) -> Path:
@@ -137,29 +153,19 @@ def local_folder(spec: str) -> Path:
     return Path(config).parent
 
 
-def _from_pretrained(spec: str, dtype: str, trust_remote_code: bool, **placement: Any) -> Any:
+def dense_config(spec: str, *, trust_remote_code: bool = False) -> Any:
+    """Returns the config of a model as a dense one. Raises SparsifyError for one that another tool quantised."""
     source = resolve_model(spec)
-    wanted = parse_dtype(dtype)
-    with hub_errors(spec, source), quiet():
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
-        config = AutoConfig.from_pretrained(source, **options)
-        if getattr(config, "quantization_config", None) is not None:
-            if config.quantization_config.get("quant_method") != "sparsify":
-                raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
-            # Added tensors are then unexpected ones, which transformers leaves out.
-            del config.quantization_config
-        if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
-            check_index(Path(source))
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, output_loading_info=True, **options, **placement
+    with hub_errors(spec, source):
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=_only_cached(source)
         )
-    model, info = found
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
-            f"{type(model).__name__}; download it again"
-        )
-    return model
+    if getattr(config, "quantization_config", None) is not None:
+        if config.quantization_config.get("quant_method") != "sparsify":
+            raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
+        # Added tensors are then unexpected ones, which transformers leaves out.
+        del config.quantization_config
+    return config
 
 
 def check_context(model: PreTrainedModel, tokens: int) -> None:

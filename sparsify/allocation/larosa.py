@@ -8,7 +8,7 @@ one, and the others pay for it.
 
 from dataclasses import dataclass
 
-from sparsify.allocation import Choices, Needs, Problem, refuse_recipe
+from sparsify.allocation import Choices, Needs, Problem, Size, Work, refuse_recipe
 from sparsify.budget import LinearShape
 from sparsify.errors import SparsifyError
 
@@ -57,6 +57,9 @@ class LarosaSplit:
             p = (low + high) / 2
             low, high = (p, high) if spent(p) > budget else (low, p)
         return {name: problem.offers(name, share) for name, share in shares(high).items()}
+
+    def work(self, size: Size) -> Work:
+        return Work()
 
 
 def _overhead(problem: Problem, name: str) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparsify.allocation import Choices, Needs, Problem
+from sparsify.allocation import Choices, Needs, Problem, Size, Work
 
 SUMMARY = "the same share of bytes for every linear"
 PAPER = "the default of arXiv 2408.14690, 2504.19449 and 2505.19427"
@@ -22,6 +22,9 @@ class Uniform:
 
     def choices(self, problem: Problem) -> Choices:
         return {name: problem.method.candidates(name, shape) for name, shape in problem.shapes.items()}
+
+    def work(self, size: Size) -> Work:
+        return Work()
 
 
 ALLOCATION = Uniform

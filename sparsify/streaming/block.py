@@ -43,7 +43,7 @@ class BlockConverter:
         if not shapes:
             run_batches(model, self.calibration.tokens, "carry", None)
             return {}
-        linears = prepare(model, self.targets, shapes)
+        linears = prepare(model, self.targets, shapes, getattr(self.bound, "svd", "auto"))
         choices = {name: self._choices[name] for name in shapes if name in self._choices} or self.allocation.choices(
             Problem(model, self.bound, shapes, linears, self.calibration)
         )

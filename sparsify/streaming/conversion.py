@@ -42,7 +42,6 @@ from sparsify.streaming.model import BlockwiseModel
 from sparsify.streaming.partial import Journal, Partial, Unit
 from sparsify.streaming.shards import Shards
 from sparsify.streaming.source import Source
-from sparsify.targets import Targets
 from sparsify.weight_files import save_description
 
 CALIBRATION, DENSE, SPARSE = "calibration", "dense", "sparse"
@@ -132,30 +131,6 @@ def convert_streamed(
             run.seal(journal)
         partial.finish()
     return Streamed(Path(out), read_config(out), read_ledger(out), journal.measured)
-
-
-def plan_streamed(
-    spec: str,
-    method: AnyMethod,
-    calibration: Calibration,
-    allocation: Allocation,
-    *,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, Targets]:
-    """Returns the model without memory and its targets, once the method's budget is known to be met where it can be.
-
-    Raises as convert_streamed does; nothing is written, and of the weights only what is small is read.
-    """
-    if (problem := streaming_problem(method, allocation)) is not None:
-        raise SparsifyError(problem)
-    assert not isinstance(method, NeuronMethod)
-    model = load_skeleton(spec, dtype=dtype, trust_remote_code=trust_remote_code)
-    blockwise = BlockwiseModel(model, Source(local_folder(spec), model), torch.device("cpu"))
-    converter = BlockConverter(blockwise, method, allocation, calibration)
-    with blockwise.running():
-        converter.plan()
-    return model, converter.targets
 
 
 def streaming_problem(method: AnyMethod, allocation: Allocation, *, rotate: bool = False) -> str | None:
