@@ -114,7 +114,7 @@ def fit_candidates(
     rotations = _rotations(model, linears, choices, calibration, progress)
     fits: dict[str, list[Fit]] = {}
     for index, (name, linear) in enumerate(linears.items()):
-        _decompose(linear, choices[name])
+        linear.decompose(choices[name])
         fits[name] = [_fit_candidate(name, linear, c, histograms, rotations.get(linear.site)) for c in choices[name]]
         if progress is not None:
             progress("fit", index + 1, len(linears))
@@ -140,11 +140,6 @@ def _rotations(
     return {site: eigenbasis(moments[f"input site {site}"]).to(linear.weight) for site, linear in first.items()}
 
 
-def _decompose(linear: TargetLinear, candidates: tuple[Candidate, ...]) -> None:
-    """Makes the largest rank's factors, of which those of smaller ranks are parts."""
-    linear.factors(max(candidate.rank for candidate in candidates))
-
-
 # A site for magnitudes, which its linears share; a linear for column norms; a linear and a rank for residual norms;
 # and what is counted for the candidate's cut.
 _HistogramKey = tuple[Score, str, int, TokenCut | None]
@@ -162,7 +157,7 @@ def _collect(
     scales: dict[str, dict[_HistogramKey, Tensor | None]] = {name: {} for name in linears}
     for name, linear in linears.items():
         if any(candidate.score == "residual-norm" for candidate in choices[name]):
-            _decompose(linear, choices[name])
+            linear.decompose(choices[name])
         for candidate in choices[name]:
             key = _histogram_key(name, linear, candidate)
             if key not in histograms:

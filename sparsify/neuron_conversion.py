@@ -63,7 +63,7 @@ def convert_neurons(
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Converts the model in place and returns it. Raises SparsifyError as sparsify.conversion.convert does."""
-    _refuse_allocation(allocation, method)
+    refuse_allocation(allocation, method)
     cut = method.neuron_cut
     fits: list[NeuronFit] = []
     if method.sparsity > 0.0:
@@ -105,7 +105,8 @@ def plan_neurons(
     return [NeuronFit(mlp, densities[mlp.down]) for mlp in mlps]
 
 
-def _refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> None:
+def refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> None:
+    """Raises SparsifyError for another allocation than uniform."""
     name = allocation_of(asked, method).name
     if name != "uniform":
         raise SparsifyError(

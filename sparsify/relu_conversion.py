@@ -20,6 +20,7 @@ from sparsify.channel_conversion import Channels, choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch, make_sparse
+from sparsify.methods import options_of
 from sparsify.methods.relu import Relu
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.mlp_targets import find_mlps
@@ -48,7 +49,7 @@ def convert_relu(
     settled = {name for mlp in mlps for name in mlp.shares("relu")}
     others = {name: shape for name, shape in shapes.items() if name not in settled}
     rest = method.rest
-    _refuse_without_rest(rest is None, allocation, rotate)
+    refuse_without_rest(rest is None, allocation, rotate)
     shares = active_shares(model, mlps, method.cut, calibration, progress)
     fits = [NeuronFit(mlp, shares[mlp.down], method.cut) for mlp in mlps]
     if method.cut > 0.0:
@@ -66,7 +67,7 @@ def convert_relu(
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=asdict(method) | {"others": None if rest is None else asdict(rest)},
+        method_config=asdict(method) | {"others": None if rest is None else options_of(rest)},
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=[*targets.left_dense, *_in_full(untouched)],
@@ -102,7 +103,8 @@ def find_relu_mlps(model: PreTrainedModel, method: Relu, targets: Targets, token
     return found
 
 
-def _refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
+def refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
+    """Raises SparsifyError for what only another method's linears could take, where there is none."""
     name = getattr(allocation, "name", allocation)
     if alone and (name not in (None, "uniform") or rotate):
         option = "rotate" if rotate else f"allocation {name}"
