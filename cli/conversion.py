@@ -12,7 +12,14 @@ from sparsify.cli.loading import pick_device
 from sparsify.cli.measurement import measure
 from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p, convert_ppl_p
 from sparsify.cli.progress import Progress
-from sparsify.cli.relufy_conversion import is_relufy, relufy_model, said_of, save_plain, settle_relufy
+from sparsify.cli.relufy_conversion import (
+    cut_of,
+    is_relufy,
+    relufication_of,
+    relufy_model,
+    said_of,
+    settle_relufy,
+)
 from sparsify.cli.settings import ConvertSettings
 from sparsify.cli.sites import check_budgets, describe_sites
 from sparsify.errors import SparsifyError, UnavailableError
@@ -34,6 +41,8 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     """
     from sparsify import checkpoint, models
     from sparsify.ledger import ledger_of
+    from sparsify.methods.relu import Relu
+    from sparsify.plain_checkpoint import save_plain
     from sparsify.relufication import check_relufiable
     from sparsify.runtime import set_prefill
 
@@ -49,32 +58,34 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     spec = _check_model(settings.model)
     tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
 
-    relufied: dict[str, Any] | None = None
-
     def make() -> "PreTrainedModel":
-        nonlocal relufied
-        model = _load_dense(spec, settings, device, progress)
-        if is_relufy(asked) and not dry_run:
-            relufied = relufy_model(model, asked, calibration, windows, progress)
-        return model
+        return _load_dense(spec, settings, device, progress)
 
     if dry_run or out is None:
         model = make()
         if is_relufy(asked):
-            check_relufiable(model, asked.activation or "relu")
+            check_relufiable(model, relufication_of(asked))
         elif method is not None and allocation is not None:
             check_budgets(model, method, uniform=allocation.name == "uniform")
         return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
     source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
-    if asked.plain:
+    relufied: dict[str, Any] | None = None
+    if is_relufy(asked):
         model = make()
+        relufied = relufy_model(model, asked, calibration, windows, progress)
+        if not asked.plain and asked.activation == "fatrelu":
+            assert isinstance(method, Relu)
+            method = replace(method, cut=cut_of(model))
+    if asked.plain:
         assert relufied is not None
         progress.note(f"writing {out}")
-        save_plain(model, out, tokenizer, source, said_of(relufied))
+        how = relufication_of(asked)
+        save_plain(model, out, tokenizer, how=how, source=source, said=said_of(relufied))
         report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
         return report | {"relufied": relufied, "ledger": None, "measured": None, "budget": None}
     if method is not None and allocation is not None:
-        model, met = meet_budget(settings, make, method, allocation, calibration, held_out, progress)
+        made = make if relufied is None else lambda: model
+        model, met = meet_budget(settings, made, method, allocation, calibration, held_out, progress)
     else:
         assert held_out is not None
         model, met = convert_ppl_p(settings, make, calibration, held_out, progress)
@@ -84,9 +95,9 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     measured = _measure(model, windows, progress) if windows is not None else None
     progress.note(f"writing {out}")
     card = _card_rows(measured) if measured is not None else None
-    how = None if relufied is None else said_of(relufied)
+    said = None if relufied is None else said_of(relufied)
     checkpoint.save(
-        model, out, tokenizer, source=source, settings=asdict(asked), measured=card, budget=met.said, relufied=how
+        model, out, tokenizer, source=source, settings=asdict(asked), measured=card, budget=met.said, relufied=said
     )
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
@@ -105,7 +116,7 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    names = ("rho", "score", "recipe", "rotation", "cut")
+    names = ("rho", "score", "recipe", "rotation", "cut", "cett")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True

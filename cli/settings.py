@@ -32,7 +32,10 @@ class ConvertSettings:
     recipe: str | None = None
     compensate: bool = False
     cut: float | None = None
+    cett: float | None = None
     activation: str | None = None
+    after_norms: bool = False
+    zeros: float | None = None
     reconstruct: int | None = None
     reconstruct_inputs: str | None = None
     reconstruct_weighting: str | None = None
