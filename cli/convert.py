@@ -132,7 +132,7 @@ def convert(
     zeros: Annotated[
         float | None,
         typer.Option(
-            help="relufy: share of zeros that shifted_relu leaves at least.",
+            help="relufy: share of zeros that shifted_relu is to leave.",
             metavar="SHARE",
             show_default="the shift of least error",
         ),

@@ -31,6 +31,7 @@ from sparsify.whole_file import write_whole
 from sparsify.zeros import NonZero
 
 _FIT = Reconstruction(epochs=5)
+_RELU = Relufication()
 _SEQUENCES = 16
 
 
@@ -39,7 +40,7 @@ class Try:
     """One row: a swap, how its MLPs are fitted (None: not at all), and on how many calibration windows."""
 
     name: str
-    swap: Relufication = Relufication()
+    swap: Relufication = _RELU
     fit: Reconstruction | None = None
     sequences: int = _SEQUENCES
 

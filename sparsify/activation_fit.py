@@ -37,7 +37,7 @@ def fit_shifts(
     zeros: float | None,
     progress: Progress | None = None,
 ) -> dict[str, nn.Module]:
-    """Returns a shifted ReLU for each MLP, by the name of its down; zeros: the share that it leaves at least."""
+    """Returns a shifted ReLU for each MLP, by the name of its down; zeros: the share that it leaves."""
     errors = {mlp.down: torch.zeros(len(_SHIFTS), dtype=torch.float64) for mlp in mlps}
     gates = {mlp.down: ScoreHistogram() for mlp in mlps}
 

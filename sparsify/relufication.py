@@ -36,9 +36,9 @@ class Relufication:
     """What is put in the place of a model's activation, and how its numbers are found.
 
     activation: one of ACTIVATIONS. after_norms: a ReLU behind the norms, too (stage 2). cut: FATReLU's, or None for
-    the largest whose CETT stays below `cett` (sparsify.relu_cuts). zeros: the share of zeros that a shift leaves at
-    least, None for the shift of least error. Raises SparsifyError for what is not one of these, or not that
-    activation's.
+    the largest whose CETT stays below `cett` (sparsify.relu_cuts). zeros: the share of zeros that a shift leaves on
+    the dense model's inputs, None for the shift of least error. Raises SparsifyError for what is not one of these, or
+    not that activation's.
     """
 
     activation: str = "relu"
