@@ -30,7 +30,10 @@ def convert(
         typer.Argument(metavar="MODEL", help="A folder, a hub id, an alias such as llama-3-8b, or reference."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; it must not exist.", metavar="DIR")] = None,
-    method: Annotated[str | None, typer.Option(help="See `sparsify methods`.", show_default=_DEFAULTS.method)] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="See `sparsify methods`; relufy puts ReLU in first.", show_default=_DEFAULTS.method),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(

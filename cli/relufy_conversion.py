@@ -69,7 +69,9 @@ def settle_relufy(settings: ConvertSettings) -> ConvertSettings:
             f"activation {how.activation} has no sparse layers, only {', '.join(_SPARSE)} have: give --plain for a "
             "dense checkpoint"
         )
-    return replace(settings, method=method, **({"cut": None, "cett": None} if own_cut else {}))
+    if own_cut:
+        settings = replace(settings, cut=None, cett=None)
+    return replace(settings, method=method)
 
 
 def relufication_of(settings: ConvertSettings) -> "Relufication":

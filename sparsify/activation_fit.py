@@ -22,6 +22,7 @@ from sparsify.targets import dense_weight
 
 # The functions that are replaced bend between −1 and 1: a shift that fits them is small.
 _SHIFTS = torch.linspace(0.0, 1.0, 41)
+_ELEMENTS = 1 << 20
 _Polynomial = PolyReLU | PolyNorm | CRReLU
 
 # Called with an MLP, its gate g, act(g) and the weight of each neuron's error, all [T, F] in fp32.
@@ -73,10 +74,15 @@ def fit_coefficients(
     products = {mlp.down: torch.zeros(size, size + 1, dtype=torch.float64) for mlp in mlps}
 
     def see(mlp: Mlp, g: Tensor, s: Tensor, weight: Tensor) -> None:
-        features = kind.features(g).flatten(1).double()
-        target = (s - g.relu() if kind is CRReLU else s).flatten().double()
-        weighted = features * weight.flatten()
-        products[mlp.down] += (weighted @ torch.cat([features, target[None]]).T).cpu()
+        target = s - g.relu() if kind is CRReLU else s
+        # A few tokens at a time: the features of all would be the largest tensor of the conversion.
+        tokens = max(_ELEMENTS // g.shape[-1], 1)
+        for g_part, target_part, weight_part in zip(
+            *(torch.split(t, tokens) for t in (g, target, weight)), strict=True
+        ):
+            features = kind.features(g_part).flatten(1).double()
+            columns = torch.cat([features, target_part.flatten()[None].double()])
+            products[mlp.down] += ((features * weight_part.flatten()) @ columns.T).cpu()
 
     with _watched(model, mlps, see):
         run_batches(model, calibration.tokens, "calibrate", progress)

@@ -63,7 +63,7 @@ class FatReLU(nn.Module):
         return torch.where(x.float() <= self.cut, 0.0, x).to(x.dtype)
 
 
-class _NeedsRectified(nn.Module):
+class NeedsRectified(nn.Module):
     """An activation of models that are made whole by sparsify.rectified, which sets `is_complete`."""
 
     is_complete = False
@@ -75,23 +75,23 @@ class _NeedsRectified(nn.Module):
                 "there without a quantization_config: load it with sparsify.load_dense, or `sparsify` on the command "
                 "line"
             )
-        found: Tensor = super().forward(x)  # type: ignore[misc]
+        found: Tensor = super().forward(x)
         return found
 
 
-class DReLU(_NeedsRectified, nn.ReLU):
+class DReLU(NeedsRectified, nn.ReLU):
     """The gate's half of relu(gate x)·relu(up x) (TurboSparse, arXiv 2406.05955); up is rectified by itself."""
 
 
-class ReLUAfterNorms(_NeedsRectified, nn.ReLU):
+class ReLUAfterNorms(NeedsRectified, nn.ReLU):
     """ReLU of a model whose norms are rectified, too (stage 2)."""
 
 
-class ReLUSquaredAfterNorms(_NeedsRectified, ReLUSquaredActivation):
+class ReLUSquaredAfterNorms(NeedsRectified, ReLUSquaredActivation):
     """ReLU² of such a model."""
 
 
-class ShiftedReLUAfterNorms(_NeedsRectified, ShiftedReLU):
+class ShiftedReLUAfterNorms(NeedsRectified, ShiftedReLU):
     """Shifted ReLU of such a model."""
 
 
@@ -131,7 +131,8 @@ class PolyNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.features(x.float())
-        return torch.tensordot(self.coefficients.float(), features, dims=1).to(x.dtype)
+        found: Tensor = torch.tensordot(self.coefficients.float(), features, dims=1)
+        return found.to(x.dtype)
 
     @staticmethod
     def features(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.activations import NeedsRectified
 from sparsify.errors import CheckpointError
 
 KEY = "rectified"
@@ -41,7 +42,7 @@ def rectify_named(model: nn.Module, config: Any) -> None:
     for name in names:
         rectify(modules[name])
     for module in modules.values():
-        if hasattr(module, "is_complete"):
+        if isinstance(module, NeedsRectified):
             module.is_complete = True
 
 

@@ -16,7 +16,16 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from sparsify import activation_fit
-from sparsify.activations import AFTER_NORMS, AFTER_NORMS_KINDS, FATRELU_CUT, KINDS, FatReLU, ShiftedReLU, register
+from sparsify.activations import (
+    AFTER_NORMS,
+    AFTER_NORMS_KINDS,
+    FATRELU_CUT,
+    KINDS,
+    FatReLU,
+    NeedsRectified,
+    ShiftedReLU,
+    register,
+)
 from sparsify.calibration import Calibration, Progress
 from sparsify.errors import SparsifyError, suggest
 from sparsify.mlp_targets import find_mlps
@@ -111,7 +120,7 @@ class Swap:
         found = self._modules.get(mlp.down)
         self.model.set_submodule(mlp.activation, ACT2FN[self.how.hidden_act] if found is None else found)
         activation = self.model.get_submodule(mlp.activation)
-        if hasattr(activation, "is_complete"):
+        if isinstance(activation, NeedsRectified):
             activation.is_complete = True
         if self.how.activation == "drelu":
             self._rectify(mlp.up)

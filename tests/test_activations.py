@@ -385,6 +385,21 @@ def test_other_families_have_numbers_too(make: Any, activation: str, calibration
 
 
 @pytest.mark.parametrize(
+    ("make", "norms"),
+    [(_gpt2, ["ln_1", "ln_2"]), (_phi3, ["input_layernorm", "post_attention_layernorm"])],
+    ids=["gpt2", "phi3"],
+)
+def test_other_families_have_norms_too(make: Any, norms: list[str], calibration: Calibration) -> None:
+    model = make().eval()
+    relufy(model, Relufication(after_norms=True))
+    assert [name.rpartition(".")[2] for name in model.config.rectified] == 2 * norms
+    attention = model.config.rectified[0].rpartition(".")[0]
+    names = [name for name, module in model.named_modules() if name.startswith(attention) and "attn" in name]
+    reader = next(name for name in names if name.endswith(("c_attn", "qkv_proj")))
+    assert 0.3 < nonzero_shares(model, [reader], calibration)[reader] < 0.7
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"cut": 0.1}, "cut is for activation fatrelu, not for relu"),
