@@ -212,7 +212,8 @@ def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
     )
     if result["neurons"] is not None:
         neurons = result["neurons"]
-        console.print(f"Neurons are chosen by {neurons['cut']} in {len(neurons['mlps'])} MLPs")
+        console.print(f"Neurons are chosen by {neurons['cut']} in {len(neurons['mlps'])} MLPs; what they do on a text:")
+        console.print(f"sparsify inspect {result['model']} --neurons TEXT", markup=False, soft_wrap=True)
     console.print()
     console.print(totals_table(result["ledger"]))
     console.print(_linears_table(result["linears"]))

@@ -1,6 +1,9 @@
 """`sparsify convert --method relufy` as the user types it, what it writes, and `sparsify inspect --neurons`."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,27 @@ def test_fatrelu_in_sparse_layers_is_the_cut_of_relu(
     model = sparsify.load(out)
     assert isinstance(model.get_submodule("model.layers.0.mlp.act_fn"), FatRelu)
     assert float(sparse_layers(model)["model.layers.0.mlp.up_proj"].threshold) == pytest.approx(0.05)
+
+
+def test_a_killed_fit_goes_on_to_the_same_checkpoint(
+    run: Run, dense_model: Path, tmp_path: Path, quick: list[str]
+) -> None:
+    flags = ["convert", str(dense_model), "--method", "relufy", "--plain", "--reconstruct", "100", *quick]
+    state = ["--reconstruct-state", str(tmp_path / "state")]
+    command = [sys.executable, "-m", "sparsify.cli.main", *flags, *state, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "state" / "mlp-000.json").is_file():
+        assert process.poll() is None, "it ended before its first MLP"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    first = (tmp_path / "state" / "mlp-000.safetensors").stat().st_mtime_ns
+    assert run(*flags, *state, "--out", tmp_path / "on").exit_code == 0
+    assert (tmp_path / "state" / "mlp-000.safetensors").stat().st_mtime_ns == first
+    assert run(*flags, "--out", tmp_path / "whole").exit_code == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "on" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_stage_2_of_drelu_is_one_sparse_checkpoint(
