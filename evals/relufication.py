@@ -30,9 +30,8 @@ from sparsify.text import Windows, default_evaluation_text, read_text, windows
 from sparsify.whole_file import write_whole
 from sparsify.zeros import NonZero
 
-_FIT = Reconstruction(epochs=5)
-_RELU = Relufication()
-_SEQUENCES = 16
+_RELU, _FAT, _DOUBLE = Relufication(), Relufication("fatrelu"), Relufication("drelu")
+_SHIFTED, _NORMS = Relufication("shifted_relu", zeros=0.9), Relufication(after_norms=True)
 
 
 @dataclass(frozen=True)
@@ -40,40 +39,46 @@ class Try:
     """One row: a swap, how its MLPs are fitted (None: not at all), and on how many calibration windows."""
 
     name: str
-    swap: Relufication = _RELU
-    fit: Reconstruction | None = None
-    sequences: int = _SEQUENCES
+    swap: Relufication
+    fit: Reconstruction | None
+    sequences: int
 
 
-SWAPS = (
-    Try("relu"),
-    Try("relu2", Relufication("relu2")),
-    Try("fatrelu, CETT 0.2", Relufication("fatrelu")),
-    Try("shifted_relu, least error", Relufication("shifted_relu")),
-    Try("shifted_relu, 90% zeros", Relufication("shifted_relu", zeros=0.9)),
-    Try("drelu", Relufication("drelu")),
-    Try("relu after norms", Relufication("relu", after_norms=True)),
-    Try("polyrelu", Relufication("polyrelu")),
-    Try("polynorm", Relufication("polynorm")),
-    Try("crrelu", Relufication("crrelu")),
-)
-FITS = (
-    Try("relu, fitted", fit=_FIT),
-    Try("inputs dense", fit=replace(_FIT, inputs="dense")),
-    Try("weighting hessian", fit=replace(_FIT, weighting="hessian")),
-    Try("1 pass", fit=replace(_FIT, epochs=1)),
-    Try("20 passes", fit=replace(_FIT, epochs=20)),
-    Try("zeros 0.01", fit=replace(_FIT, sparsity_weight=0.01)),
-    Try("zeros 0.03", fit=replace(_FIT, sparsity_weight=0.03)),
-    Try("zeros 0.1", fit=replace(_FIT, sparsity_weight=0.1)),
-    Try("4 windows", fit=_FIT, sequences=4),
-    Try("32 windows", fit=_FIT, sequences=32),
-    Try("fatrelu, CETT 0.2, fitted", Relufication("fatrelu"), fit=_FIT),
-    Try("shifted_relu, 90% zeros, fitted", Relufication("shifted_relu", zeros=0.9), fit=_FIT),
-    Try("relu after norms, fitted", Relufication("relu", after_norms=True), fit=_FIT),
-    Try("drelu, fitted", Relufication("drelu"), fit=_FIT),
-    Try("relu2, fitted", Relufication("relu2"), fit=_FIT),
-)
+def tries(epochs: int, sequences: int) -> tuple[Try, ...]:
+    """Returns the rows: the bare swap and its fit first, then one setting of the fit changed at a time, the others."""
+    fit = Reconstruction(epochs=epochs)
+
+    def fitted(name: str, swap: Relufication = _RELU, windows: int = sequences, **changed: Any) -> Try:
+        return Try(name, swap, replace(fit, **changed), windows)
+
+    def bare(name: str, swap: Relufication) -> Try:
+        return Try(name, swap, None, sequences)
+
+    return (
+        bare("relu", _RELU),
+        fitted("relu, fitted"),
+        fitted("inputs dense", inputs="dense"),
+        fitted("weighting hessian", weighting="hessian"),
+        fitted("1 pass", epochs=1),
+        fitted("zeros 0.03", sparsity_weight=0.03),
+        fitted("a quarter of the text", windows=max(sequences // 4, 1)),
+        bare("fatrelu, CETT 0.2", _FAT),
+        bare("shifted_relu, least error", Relufication("shifted_relu")),
+        bare("shifted_relu, 90% zeros", _SHIFTED),
+        bare("drelu", _DOUBLE),
+        bare("relu2", Relufication("relu2")),
+        bare("polyrelu", Relufication("polyrelu")),
+        bare("polynorm", Relufication("polynorm")),
+        bare("crrelu", Relufication("crrelu")),
+        bare("relu after norms", _NORMS),
+        fitted("fatrelu, CETT 0.2, fitted", _FAT),
+        fitted("shifted_relu, 90% zeros, fitted", _SHIFTED),
+        fitted("relu after norms, fitted", _NORMS),
+        fitted("drelu, fitted", _DOUBLE),
+        fitted("zeros 0.1", sparsity_weight=0.1),
+        fitted("four times the passes", epochs=4 * epochs),
+        fitted("twice the text", windows=2 * sequences),
+    )
 
 
 def run_try(dense: PreTrainedModel, one: Try, calibration: Calibration, held_out: Windows) -> dict[str, Any]:
@@ -120,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", default="stdlib:calibration")
     parser.add_argument("--limit", type=int, default=32, help="held-out windows")
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=5, help="passes of a fit")
+    parser.add_argument("--sequences", type=int, default=16, help="calibration windows")
     parser.add_argument("--only", nargs="*", help="names of rows; all where left out")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -127,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text, (evaluation, _) = read_text(args.calibration), default_evaluation_text(args.model)
     held_out = windows(evaluation, tokenizer, seq_len=args.seq_len, limit=args.limit)
     about = {
-        "model": args.model, "calibration": args.calibration, "seq_len": args.seq_len, "windows": len(held_out.tokens),
+        "model": args.model, "epochs": args.epochs, "sequences": args.sequences, "calibration": args.calibration, "seq_len": args.seq_len, "windows": len(held_out.tokens),
         "text": held_out.name, "text_sha256": held_out.sha256, "dtype": str(dense.dtype).removeprefix("torch."),
     }  # fmt: skip
     kept = read_json(args.out) if args.out.is_file() else about | {"rows": []}
@@ -135,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{args.out} holds another run: give another --out")
     if "dense" not in kept:
         kept["dense"] = perplexity(dense, held_out).perplexity
-    for one in (*SWAPS, *FITS):
+    for one in tries(args.epochs, args.sequences):
         if any(row["name"] == one.name for row in kept["rows"]) or (args.only and one.name not in args.only):
             continue
         calibration = Calibration.from_text(text, tokenizer, sequences=one.sequences, seq_len=args.seq_len)
