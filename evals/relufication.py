@@ -134,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text, (evaluation, _) = read_text(args.calibration), default_evaluation_text(args.model)
     held_out = windows(evaluation, tokenizer, seq_len=args.seq_len, limit=args.limit)
     about = {
-        "model": args.model, "epochs": args.epochs, "sequences": args.sequences, "calibration": args.calibration, "seq_len": args.seq_len, "windows": len(held_out.tokens),
+        "model": args.model, "epochs": args.epochs, "sequences": args.sequences, "calibration": args.calibration,
+        "seq_len": args.seq_len, "windows": len(held_out.tokens),
         "text": held_out.name, "text_sha256": held_out.sha256, "dtype": str(dense.dtype).removeprefix("torch."),
     }  # fmt: skip
     kept = read_json(args.out) if args.out.is_file() else about | {"rows": []}
