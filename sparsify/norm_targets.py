@@ -7,13 +7,13 @@ site's linears read. Not covered: blocks whose linears read the residual stream 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.calibration import hooked
 from sparsify.linear import is_linear
 from sparsify.neuron_cut import is_activation
+from sparsify.short_forward import run_short, same_place
 from sparsify.targets import Targets, decoder_blocks
 
 
@@ -26,7 +26,7 @@ class Norm:
 
 
 def find_norms(model: PreTrainedModel, targets: Targets, tokens: Tensor) -> tuple[Norm, ...]:
-    """Runs one short forward on tokens [1, S] and returns the norms in call order."""
+    """Runs one short forward on tokens [1, S] and returns the norms in call order; also on the meta device."""
     prefix, blocks = decoder_blocks(model)
     written: dict[str, Tensor] = {}
     handles = [
@@ -37,8 +37,8 @@ def find_norms(model: PreTrainedModel, targets: Targets, tokens: Tensor) -> tupl
     read: dict[str, Tensor] = {}
     firsts = {site.names[0]: model.get_submodule(site.names[0]) for site in targets.sites}
     try:
-        with hooked(firsts, read.setdefault), torch.inference_mode():
-            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+        with hooked(firsts, read.setdefault):
+            run_short(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -57,5 +57,4 @@ def _may_be_norm(module: nn.Module) -> bool:
 
 
 def _same(x: Tensor, y: object) -> bool:
-    # All are alive here: one address is one tensor.
-    return isinstance(y, Tensor) and x.numel() == y.numel() and x.data_ptr() == y.data_ptr() != 0
+    return isinstance(y, Tensor) and x.numel() == y.numel() and same_place(x, y)

@@ -22,6 +22,7 @@ from sparsify.channel_conversion import Channels, choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch, make_sparse
+from sparsify.methods import options_of
 from sparsify.methods.relu import Relu
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.mlp_targets import find_mlps
@@ -53,7 +54,7 @@ def convert_relu(
     settled = {name for mlp in mlps for name in mlp.shares("relu")}
     others = {name: shape for name, shape in shapes.items() if name not in settled}
     rest = method.rest
-    _refuse_without_rest(rest is None, allocation, rotate)
+    refuse_without_rest(rest is None, allocation, rotate)
     cuts = _cuts(model, method, mlps, calibration, progress)
     shares = active_shares(model, mlps, cuts, calibration, progress)
     fits = [NeuronFit(mlp, shares[mlp.down], cuts[mlp.down]) for mlp in mlps]
@@ -93,7 +94,7 @@ def convert_relu(
 
 
 def _described(method: Relu) -> dict[str, Any]:
-    found = asdict(method) | {"others": None if method.rest is None else asdict(method.rest)}
+    found = asdict(method) | {"others": None if method.rest is None else options_of(method.rest)}
     # Not named where it is not asked for: an older sparsify does not know it.
     return {key: value for key, value in found.items() if (key, value) != ("cett", None)}
 
@@ -161,7 +162,8 @@ def _read_shares(
     return found | {name: shares[name] for name in downs}
 
 
-def _refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
+def refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
+    """Raises SparsifyError for what only another method's linears could take, where there is none."""
     name = getattr(allocation, "name", allocation)
     if alone and (name not in (None, "uniform") or rotate):
         option = "rotate" if rotate else f"allocation {name}"
@@ -185,11 +187,11 @@ def active_shares(
 
     handles = [model.get_submodule(mlp.activation).register_forward_hook(counting(mlp)) for mlp in mlps]
     try:
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
-    return {mlp.down: counters[mlp.activation].share for mlp in mlps}
+    return {mlp.down: counters[mlp.activation].share(calibration.processes) for mlp in mlps}
 
 
 def _swap(

@@ -170,6 +170,18 @@ def relufy(
     return swap.parts.mlps
 
 
+def relufy_unfitted(model: PreTrainedModel, how: Relufication | str = "relu") -> tuple[Mlp, ...]:
+    """Swaps as relufy, with numbers as they are before a fit, for models without weights; raises as it does."""
+    how = Relufication(how) if isinstance(how, str) else how
+    parts = check_relufiable(model, how)
+    modules = activation_fit.fat_relus(parts.mlps, how.cut or 0.0) if how.activation == "fatrelu" else None
+    swap = Swap(model, how, parts, modules)
+    for mlp in parts.mlps:
+        swap.apply(mlp)
+    swap.finish()
+    return parts.mlps
+
+
 @torch.no_grad()
 def prepare_swap(
     model: PreTrainedModel,
