@@ -78,7 +78,7 @@ def _measured(measured: dict[str, Any] | None) -> list[str]:
         "|---|---|---|",
         *(f"| {name} | {value:.3f} | {percent(zeros)} |" for name, value, zeros in rows),
         "",
-        f"On {before['windows']} × {before['seq_len']} tokens of {before['text']}, {before['dtype']}; zeros are the mean "
-        "over layers and tokens.",
+        f"On {before['windows']} × {before['seq_len']} tokens of {before['text']}, {before['dtype']}; zeros are the "
+        "mean over layers and tokens.",
         "",
     ]

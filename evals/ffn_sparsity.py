@@ -66,9 +66,9 @@ def ffn_sparsity(
 def largest_shift(
     model: PreTrainedModel, mlps: Sequence[Mlp], windows: Windows, rise: float
 ) -> tuple[float, list[FfnSparsity]]:
-    """Returns the largest t of 0.01·2ᵏ that raises the perplexity by at most `rise`, else 0, and all that were measured.
+    """Returns the largest t of 0.01·2ᵏ that raises the perplexity by at most `rise`, 0 where none does, and all tried.
 
-    The first t that raises it by more ends the search: what a larger one drops is dropped by it, too.
+    The first t that raises it by more ends the search: what it drops, a larger one drops, too.
     """
     points = [ffn_sparsity(model, mlps, windows)]
     shift = _FIRST_SHIFT

@@ -31,7 +31,8 @@ _STDLIB: dict[str, Split] = {
     "stdlib:library": "library",
 }
 _ALLOWED = (
-    "'stdlib:calibration', 'stdlib:evaluation', 'stdlib:training', 'stdlib:library', 'wikitext2', 'hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]', "
+    "'stdlib:calibration', 'stdlib:evaluation', 'stdlib:training', 'stdlib:library', 'wikitext2', "
+    "'hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]', "
     "or the path of a UTF-8 text file or of a .jsonl file with a 'text' field"
 )
 

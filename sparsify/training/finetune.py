@@ -36,8 +36,8 @@ from sparsify.whole_file import write_whole
 TRAINED, HISTORY, _RUN = "trained", "history.json", "run.json"
 # What a run may go on with another value of: where results go, what is measured, how often is said and saved what.
 _FREE = (
-    "about", "out", "state", "sparse_out", "shift", "shift_rise", "calibration", "evaluation", "eval_windows", "dtype", "device",
-    "checkpoint_every", "log_every", "trust_remote_code",
+    "about", "out", "state", "sparse_out", "shift", "shift_rise", "calibration", "evaluation", "eval_windows",
+    "dtype", "device", "checkpoint_every", "log_every", "trust_remote_code",
 )  # fmt: skip
 
 

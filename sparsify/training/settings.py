@@ -29,11 +29,11 @@ class FinetuneSettings:
     method: "prosparse", ReLU and the L1 term; "relu", ReLU alone; "dense", the model as it is, for the same tokens.
     tokens (a number or "2M") or steps: how long, the schedule's stages are scaled to it; the schedule's own length
     where both are None. stage_ends and factors: the schedule (sparsify.training.schedule); peak scales the factors so
-    that the last one is it. l1_reduction: "mean" or "sum" (sparsify.training.regulariser). shift: t of FATReLU, or "auto",
-    the largest that raises the perplexity on the calibration text by at most shift_rise.
-    distillation: weight of the KL to the teacher, the model itself as it was where none is named. batch: windows of
-    `context` tokens in a forward of one process, accumulation of which are a step. warmup: share of the steps.
-    lora_rank 0: all weights are trained. trainer: any other field of transformers' TrainingArguments.
+    that the last one is it. l1_reduction: "mean" or "sum" (sparsify.training.regulariser). shift: t of FATReLU, or
+    "auto", the largest that raises the perplexity on the calibration text by at most shift_rise. distillation: weight
+    of the KL to the teacher, the model itself as it was where none is named. batch: windows of `context` tokens in a
+    forward of one process, accumulation of which are a step. warmup: share of the steps. lora_rank 0: all weights are
+    trained. trainer: any other field of transformers' TrainingArguments.
     """
 
     about: str = ""
