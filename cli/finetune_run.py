@@ -111,7 +111,8 @@ def _check_matplotlib() -> None:
 
 
 def _check_teacher(name: str, teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    rows = int(teacher.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    embedding: Any = teacher.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
     if rows < len(tokenizer):
         raise SparsifyError(
             f"the teacher {name} has {rows} tokens and the tokenizer of MODEL {len(tokenizer)}: distillation needs a "

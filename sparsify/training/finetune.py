@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.fingerprint import weights_sha256
 from sparsify.mlp_targets import find_mlps
-from sparsify.models import check_context, quiet
+from sparsify.models import check_context, quiet, to_device
 from sparsify.neuron_cut import Mlp
 from sparsify.relu_layer import is_relu
 from sparsify.relufication import relufy
@@ -96,7 +96,7 @@ def finetune(
         train_dataset=data,
         regulariser=regulariser,
         schedule=schedule,
-        teacher=None if teacher is None else teacher.to(arguments.device).eval().requires_grad_(False),
+        teacher=None if teacher is None else to_device(teacher, str(arguments.device)).eval().requires_grad_(False),
         distillation=settings.distillation,
         tokens_per_step=per_step,
         see=see,

@@ -112,7 +112,7 @@ class SparseTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         # fp16's scaler skips such steps by itself.
         if norm is not None and not self.args.fp16 and not bool(torch.isfinite(torch.as_tensor(norm))):
             raise self._diverged("gradient", norm)

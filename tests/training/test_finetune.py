@@ -184,7 +184,9 @@ def test_what_is_not_finite_stops_the_run_with_the_last_good_checkpoint(
 
 def test_a_state_of_another_run_is_refused(train: Train, tmp_path: Path) -> None:
     train()
-    with pytest.raises(SparsifyError, match=r"is the state of another run: seed, learning_rate differ|learning_rate, seed"):
+    with pytest.raises(
+        SparsifyError, match=r"is the state of another run: seed, learning_rate differ|learning_rate, seed"
+    ):
         train(seed=1, learning_rate=0.02)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")

@@ -31,8 +31,7 @@ def _plain(model: Any, reduction: Reduction) -> tuple[Tensor, float]:
     substitute(model)
     states: list[Tensor] = []
     handles = [
-        block.mlp.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-        for block in model.model.layers
+        block.mlp.register_forward_pre_hook(lambda module, args: states.append(args[0])) for block in model.model.layers
     ]
     model.train()
     model(input_ids=TOKENS)

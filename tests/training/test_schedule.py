@@ -66,6 +66,6 @@ def test_stages_that_cannot_be_are_refused(ends: tuple[int, ...], factors: tuple
 def test_scaling_to_what_cannot_be_is_refused() -> None:
     with pytest.raises(SparsifyError, match="6 stages do not fit into 8 steps"):
         PAPER_7B.scaled(8)
-    with pytest.raises(SparsifyError, match="whose last factor is 0 cannot be scaled to 0.1"):
+    with pytest.raises(SparsifyError, match=r"whose last factor is 0 cannot be scaled to 0\.1"):
         LambdaSchedule((10,), (0.0,)).scaled(5, 0.1)
     assert LambdaSchedule((10,), (0.0,)).scaled(5, 0.0) == LambdaSchedule((5,), (0.0,))
