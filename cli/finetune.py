@@ -104,7 +104,7 @@ def finetune(
         int | None, typer.Option(help="Train LoRA of this rank in the place of the weights.", show_default="0, none")
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps.", show_default="500")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps.", show_default="10")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps.", show_default="10, fewer in short runs")] = None,
     evaluation: Annotated[
         str | None,
         typer.Option(help="Text to measure on.", metavar="TEXT", show_default="wikitext2; reference has its own"),

@@ -16,7 +16,7 @@ HAS_TENSORBOARD = find_spec("tensorboard") is not None
 
 
 def training_arguments(settings: FinetuneSettings, state: Path) -> TrainingArguments:
-    """Returns the arguments; the number of steps is for the caller to set, who knows the number of processes.
+    """Returns the arguments; with_steps completes them, once the number of processes is known.
 
     Raises SparsifyError for a field in settings.trainer that there is not, that a setting has, or that transformers
     refuses.
@@ -30,7 +30,6 @@ def training_arguments(settings: FinetuneSettings, state: Path) -> TrainingArgum
         "lr_scheduler_type": settings.lr_schedule,
         "weight_decay": settings.weight_decay,
         "bf16": settings.precision == "bf16",
-        "logging_steps": settings.log_every,
         "save_steps": settings.checkpoint_every,
         "seed": settings.seed,
         "disable_tqdm": True,
@@ -50,7 +49,7 @@ def training_arguments(settings: FinetuneSettings, state: Path) -> TrainingArgum
         "use_cpu": settings.device == "cpu" or not torch.accelerator.is_available(),
     }
     for name in settings.trainer:
-        if name in ours or name in ("warmup_steps", "num_train_epochs"):
+        if name in ours or name in ("logging_steps", "warmup_steps", "num_train_epochs"):
             raise SparsifyError(
                 f"trainer: {name} has a setting of its own, see `sparsify finetune --help`: leave it out"
             )
@@ -62,3 +61,10 @@ def training_arguments(settings: FinetuneSettings, state: Path) -> TrainingArgum
         return TrainingArguments(**(defaults | settings.trainer | ours))
     except (ValueError, TypeError, ImportError) as problem:
         raise SparsifyError(f"transformers refuses these settings: {' '.join(str(problem).split())}") from problem
+
+
+def with_steps(arguments: TrainingArguments, settings: FinetuneSettings, steps: int) -> TrainingArguments:
+    """Sets what depends on the number of steps, in place."""
+    arguments.max_steps, arguments.warmup_steps = steps, round(settings.warmup * steps)
+    arguments.logging_steps = settings.log_every or max(1, min(10, steps // 20))
+    return arguments

@@ -25,7 +25,7 @@ from sparsify.relu_layer import is_relu
 from sparsify.relufication import relufy
 from sparsify.strict import read_json
 from sparsify.targets import find_targets
-from sparsify.training.arguments import training_arguments
+from sparsify.training.arguments import training_arguments, with_steps
 from sparsify.training.packing import PackedText, Source
 from sparsify.training.regulariser import L1Regulariser
 from sparsify.training.schedule import LambdaSchedule
@@ -74,7 +74,7 @@ def finetune(
     check_context(model, settings.context)
     arguments = training_arguments(settings, state)
     schedule = settings.schedule(arguments.world_size)
-    arguments.max_steps, arguments.warmup_steps = schedule.steps, round(settings.warmup * schedule.steps)
+    with_steps(arguments, settings, schedule.steps)
     main, per_step = arguments.process_index == 0, settings.tokens_per_step(arguments.world_size)
     trained, tokens = state / TRAINED, schedule.steps * per_step
     with arguments.main_process_first():

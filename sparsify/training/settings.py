@@ -33,7 +33,7 @@ class FinetuneSettings:
     "auto", the largest that raises the perplexity on the calibration text by at most shift_rise. distillation: weight
     of the KL to the teacher, the model itself as it was where none is named. batch: windows of `context` tokens in a
     forward of one process, accumulation of which are a step. warmup: share of the steps. lora_rank 0: all weights are
-    trained. trainer: any other field of transformers' TrainingArguments.
+    trained. log_every None: 10 steps, fewer in short runs. trainer: any other field of transformers' TrainingArguments.
     """
 
     about: str = ""
@@ -65,7 +65,7 @@ class FinetuneSettings:
     lora_rank: int = 0
     lora_alpha: int | None = None
     checkpoint_every: int = 500
-    log_every: int = 10
+    log_every: int | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     calibration: str = "stdlib:calibration"
     evaluation: str | None = None

@@ -182,7 +182,7 @@ class SparseTrainer(Trainer):
 
 
 class _Clock(TrainerCallback):
-    """Counts steps and time since this process began to train."""
+    """Counts steps and time since this process began to train, and has the last step logged."""
 
     def __init__(self) -> None:
         self._first_step, self._started = 0, time.monotonic()
@@ -191,6 +191,10 @@ class _Clock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         self._first_step, self._started = state.global_step, time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def steps_per_second(self, step: int) -> float:
         return (step - self._first_step) / max(time.monotonic() - self._started, 1e-9)

@@ -57,16 +57,17 @@ def test_command_writes_a_relu_checkpoint_with_its_card_and_a_sparse_one(
     assert "0 at 2, 0.5 at 4, 1 at 6; reduction mean" in card
     assert (out / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     history = json.loads((out / "training.json").read_text())["history"]
-    assert [entry["lambda"] for entry in history if "lambda" in entry] == []  # logged every 10 steps, of 6
+    assert [entry["step"] for entry in history if "lambda" in entry] == [1, 2, 3, 4, 5, 6]
     # The ledger knows what its zeros save: down's columns are read for what is above the cut.
     inspected = run("inspect", sparse, "--format", "json")
     assert inspected.exit_code == 0, inspected.output
     evaluated = run("eval", sparse, "--text", flags[1], "--seq-len", "64", "--limit", "2", "--format", "json")
     assert evaluated.exit_code == 0, evaluated.output
-    densities = json.loads(evaluated.stdout)["realised_densities"]
+    (found,) = json.loads(evaluated.stdout)["models"]
+    densities = found["realised_densities"]
     downs = [share for name, share in densities.items() if name.endswith("down_proj")]
     assert 1.0 - sum(downs) / len(downs) == pytest.approx(shifted["mean"], abs=0.01)
-    assert json.loads(evaluated.stdout)["sparse"]["perplexity"] == pytest.approx(shifted["perplexity"], rel=1e-3)
+    assert found["sparse"]["perplexity"] == pytest.approx(shifted["perplexity"], rel=1e-3)
     # The settings beside it are a configuration of the same run.
     again = run("finetune", "--config", out / "finetune.yaml", "--out", tmp_path / "again", "--sparse-out",
                 tmp_path / "s2", "--state", tmp_path / "again.state")  # fmt: skip
@@ -97,6 +98,29 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run: Run, dense_model: Path, fla
     assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     one, other = (json.loads((folder / "training.json").read_text()) for folder in (killed, tmp_path / "whole"))
     assert [entry.get("loss") for entry in one["history"]] == [entry.get("loss") for entry in other["history"]]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(
+    run: Run, dense_model: Path, flags: list[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "gloo.yaml"
+    config.write_text("trainer: {ddp_backend: gloo}\n")
+    arguments = ["finetune", str(dense_model), *flags, "--stages", "2:0,4:1.0", "--learning-rate", "0.001"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "sparsify.cli.main", *arguments, "--config", str(config), "--out", str(two), "--format", "json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # One result, from the main process.
+    assert json.loads(done.stdout)["tokens"] == 4 * 2 * 2 * 64
+    assert run(*arguments, "--batch", "4", "--out", one).exit_code == 0
+    logs = [json.loads((folder / "training.json").read_text())["history"] for folder in (two, one)]
+    for name in ("lm_loss", "regulariser", "sparsity", "lambda", "loss"):
+        values = [[entry[name] for entry in log if name in entry] for log in logs]
+        assert len(values[0]) == 4
+        assert values[0] == pytest.approx(values[1], rel=1e-3), name
 
 
 def test_log_lines_say_what_the_training_does(run: Run, dense_model: Path, flags: list[str], tmp_path: Path) -> None:
