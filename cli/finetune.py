@@ -119,7 +119,8 @@ def finetune(
         typer.Option(help="Of the result.", metavar="DTYPE", show_default="auto, the model's own"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, where there is a GPU that is not to be used.", show_default="accelerate's")
+        Literal["cpu"] | None,
+        typer.Option(help="cpu, where there is a GPU that is not to be used.", show_default="accelerate's"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="For whatever is random.", show_default="0")] = None,
     trust_remote_code: Annotated[

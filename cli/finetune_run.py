@@ -1,5 +1,6 @@
 """One finetuning from its settings: checked, trained, measured, written, and converted where that is asked for."""
 
+import gc
 import json
 import os
 import time
@@ -11,14 +12,14 @@ import yaml
 
 from sparsify.cli.conversion import check_out
 from sparsify.cli.finetune_card import CURVES, render_card
+from sparsify.cli.finetune_measure import Texts, convert_finetuned, measure_finetuned, read_texts
 from sparsify.cli.finetune_view import FinetuneView
+from sparsify.cli.loading import pick_device
 from sparsify.errors import SparsifyError, UnavailableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsify.neuron_cut import Mlp
-    from sparsify.text import Windows
     from sparsify.training.finetune import Finetuned
     from sparsify.training.settings import FinetuneSettings
 
@@ -40,13 +41,8 @@ def run_finetune(settings: "FinetuneSettings", view: FinetuneView) -> dict[str, 
     _check_matplotlib()
     trust = settings.trust_remote_code
     tokenizer, source = load_tokenizer(spec, trust_remote_code=trust), open_source(text)
-    windows = _windows(settings, spec, tokenizer, view)
-    teacher = None
-    if settings.distillation:
-        view.note(f"loading the teacher {settings.teacher or spec}")
-        half = "bfloat16" if settings.precision == "bf16" else "float32"
-        teacher = load_dense(settings.teacher or spec, dtype=half, trust_remote_code=trust)
-        _check_teacher(settings.teacher or spec, teacher, tokenizer)
+    texts = read_texts(settings, spec, tokenizer, view)
+    teacher = _load_teacher(settings, spec, tokenizer, view) if settings.distillation else None
 
     def load() -> "PreTrainedModel":
         view.note(f"loading {spec}")
@@ -55,20 +51,24 @@ def run_finetune(settings: "FinetuneSettings", view: FinetuneView) -> dict[str, 
     done = finetune(load, tokenizer, source, settings, state, teacher=teacher, see=view.see, note=view.note)
     if not done.main:
         return None
-    base = load_dense(spec, dtype=settings.dtype, trust_remote_code=trust)
-    model = load_dense(str(done.folder), dtype=str(base.dtype).removeprefix("torch."), trust_remote_code=trust)
-    measured = None if windows is None else _measure(base, model, tokenizer, windows, settings, view)
+    # What the training held is needed for what is measured.
+    del teacher
+    gc.collect()
+    model, measured = _load_and_measure(done, texts, spec, settings, view)
     shift = settings.shift if measured is None else measured["shift"]
     result = {
         "model": spec, "out": str(out), "sparse_out": None if sparse_out is None else str(sparse_out),
         "state": str(state), "method": settings.method, "steps": done.schedule.steps, "tokens": done.tokens,
-        "stages": asdict(done.schedule),
-        "resumed_from": done.resumed_from, "shift": shift, "measured": measured, "settings": asdict(settings),
+        "stages": asdict(done.schedule), "resumed_from": done.resumed_from, "shift": shift, "measured": measured,
+        "settings": asdict(settings),
     }  # fmt: skip
     view.note(f"writing {out}")
     _write(model, tokenizer, out, result, done)
-    if sparse_out is not None:
-        result["sparse"] = _convert(model, tokenizer, sparse_out, spec, float(shift), settings, view)
+    if sparse_out is not None and texts.calibration is not None:
+        view.note(f"converting with method relu, cut {shift:g}")
+        result["sparse"] = convert_finetuned(
+            model, tokenizer, texts.calibration, sparse_out, spec, float(shift), settings
+        )
     return result | {"seconds": time.monotonic() - started}
 
 
@@ -110,7 +110,15 @@ def _check_matplotlib() -> None:
         raise UnavailableError("the curves need matplotlib: pip install 'sparsify-llm[train]'") from None
 
 
-def _check_teacher(name: str, teacher: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+def _load_teacher(
+    settings: "FinetuneSettings", spec: str, tokenizer: "PreTrainedTokenizerBase", view: FinetuneView
+) -> "PreTrainedModel":
+    from sparsify.models import load_dense
+
+    name = settings.teacher or spec
+    view.note(f"loading the teacher {name}")
+    half = "bfloat16" if settings.precision == "bf16" else "float32"
+    teacher = load_dense(name, dtype=half, trust_remote_code=settings.trust_remote_code)
     embedding: Any = teacher.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     if rows < len(tokenizer):
@@ -118,68 +126,25 @@ def _check_teacher(name: str, teacher: "PreTrainedModel", tokenizer: "PreTrained
             f"the teacher {name} has {rows} tokens and the tokenizer of MODEL {len(tokenizer)}: distillation needs a "
             "teacher with the same tokenizer"
         )
+    return teacher
 
 
-def _windows(
-    settings: "FinetuneSettings", spec: str, tokenizer: "PreTrainedTokenizerBase", view: FinetuneView
-) -> "Windows | None":
-    from sparsify.text import default_evaluation_text, read_text, windows
-
-    if not settings.eval_windows:
-        return None
-    if settings.evaluation is None:
-        text, why = default_evaluation_text(spec)
-        view.note(why)
-    else:
-        text = read_text(settings.evaluation)
-    return windows(text, tokenizer, seq_len=settings.context, limit=settings.eval_windows)
-
-
-def _measure(
-    base: "PreTrainedModel",
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    windows: "Windows",
-    settings: "FinetuneSettings",
-    view: FinetuneView,
-) -> dict[str, Any]:
-    """Returns the perplexities before and after, the shift, and the zeros without and with it."""
-    from sparsify.evals.ffn_sparsity import ffn_sparsity
+def _load_and_measure(
+    done: "Finetuned", texts: Texts, spec: str, settings: "FinetuneSettings", view: FinetuneView
+) -> "tuple[PreTrainedModel, dict[str, Any] | None]":
+    """Returns the trained model in the dtype of the result, and what was measured; one model at a time is loaded."""
     from sparsify.evals.perplexity import perplexity
-    from sparsify.training.finetune import substitute
+    from sparsify.models import load_dense
 
-    view.note(f"measuring on {len(windows.tokens)} windows of {windows.name}")
-    before, after = perplexity(base, windows), perplexity(model, windows)
-    found: dict[str, Any] = {"before": before.to_dict(), "after": after.to_dict(), "shift": None, "shifts": []}
-    if settings.method == "dense":
-        return found
-    mlps = substitute(model)
-    found |= _choose_shift(model, mlps, tokenizer, len(windows.tokens), settings, view)
-    for shift in dict.fromkeys((0.0, found["shift"])):
-        point = ffn_sparsity(model, mlps, windows, shift)
-        found["shifts"].append(asdict(point) | {"mean": point.mean})
-    return found
-
-
-def _choose_shift(
-    model: "PreTrainedModel",
-    mlps: "tuple[Mlp, ...]",
-    tokenizer: "PreTrainedTokenizerBase",
-    count: int,
-    settings: "FinetuneSettings",
-    view: FinetuneView,
-) -> dict[str, Any]:
-    """Returns the shift, and what was measured of others on the calibration text where it is auto."""
-    from sparsify.evals.ffn_sparsity import largest_shift
-    from sparsify.text import read_text, windows
-    from sparsify.training.settings import AUTO
-
-    if settings.shift != AUTO:
-        return {"shift": float(settings.shift)}
-    tried = windows(read_text(settings.calibration), tokenizer, seq_len=settings.context, limit=count)
-    view.note(f"choosing the shift on {len(tried.tokens)} windows of {tried.name}")
-    shift, points = largest_shift(model, mlps, tried, settings.shift_rise)
-    return {"shift": shift, "shift_search": [asdict(point) | {"mean": point.mean} for point in points]}
+    options: dict[str, Any] = {"device": pick_device(settings.device), "trust_remote_code": settings.trust_remote_code}
+    base = load_dense(spec, dtype=settings.dtype, **options)
+    # The trainer has switched the cache off in the configuration.
+    dtype, use_cache = str(base.dtype).removeprefix("torch."), getattr(base.config, "use_cache", True)
+    before = None if texts.evaluation is None else perplexity(base, texts.evaluation).to_dict()
+    del base
+    model = load_dense(str(done.folder), dtype=dtype, **options)
+    model.config.use_cache = use_cache
+    return model, None if before is None else measure_finetuned(model, before, texts, settings, view)
 
 
 def _write(
@@ -194,7 +159,6 @@ def _write(
     from sparsify.models import quiet
     from sparsify.new_folder import new_folder
 
-    model.config.use_cache = True
     with new_folder(out) as folder:
         with quiet():
             model.save_pretrained(folder)
@@ -205,31 +169,3 @@ def _write(
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / SETTINGS).write_text(yaml.safe_dump(result["settings"], sort_keys=False), encoding="utf-8")
         (folder / "README.md").write_text(render_card(out.name, result), encoding="utf-8")
-
-
-def _convert(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    out: Path,
-    spec: str,
-    shift: float,
-    settings: "FinetuneSettings",
-    view: FinetuneView,
-) -> dict[str, Any]:
-    """Writes the sparse checkpoint of method relu with the shift as its cut; returns its ledger's totals."""
-    from sparsify import checkpoint
-    from sparsify.calibration import Calibration
-    from sparsify.cli.ledger_view import ledger_totals
-    from sparsify.conversion import convert
-    from sparsify.ledger import ledger_of
-    from sparsify.methods.relu import Relu
-    from sparsify.text import read_text
-
-    view.note(f"converting with method relu, cut {shift:g}")
-    calibration = Calibration.from_text(
-        read_text(settings.calibration), tokenizer, sequences=16, seq_len=settings.context
-    )
-    convert(model, Relu(cut=shift), calibration)
-    said = f"finetuned with method {settings.method}, see training.json of the plain checkpoint"
-    checkpoint.save(model, out, tokenizer, source=spec, relufied=said)
-    return ledger_totals(ledger_of(model))

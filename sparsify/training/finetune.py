@@ -26,6 +26,7 @@ from sparsify.relufication import relufy
 from sparsify.strict import read_json
 from sparsify.targets import find_targets
 from sparsify.training.arguments import training_arguments, with_steps
+from sparsify.training.checkpoints import newest_checkpoint
 from sparsify.training.packing import PackedText, Source
 from sparsify.training.regulariser import L1Regulariser
 from sparsify.training.schedule import LambdaSchedule
@@ -121,20 +122,6 @@ def substitute(model: PreTrainedModel) -> tuple[Mlp, ...]:
     if mlps and all(is_relu(model.get_submodule(mlp.activation)) for mlp in mlps):
         return mlps
     return relufy(model)
-
-
-def newest_checkpoint(state: Path) -> Path | None:
-    """Returns the newest checkpoint that was written to its end: the trainer writes trainer_state.json last."""
-    found = sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if _is_whole(path)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _mlps(model: PreTrainedModel) -> tuple[Mlp, ...]:

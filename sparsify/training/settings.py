@@ -71,7 +71,7 @@ class FinetuneSettings:
     evaluation: str | None = None
     eval_windows: int = 32
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
+    device: Literal["cpu"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsify.errors import SparsifyError
+from sparsify.training.checkpoints import newest_checkpoint
 from sparsify.training.regulariser import L1Regulariser
 from sparsify.training.schedule import LambdaSchedule
 
@@ -72,7 +73,7 @@ class SparseTrainer(Trainer):
         self._regulariser, self._schedule = regulariser, schedule
         self._teacher, self._distillation = teacher, distillation
         self._tokens_per_step, self._see = tokens_per_step, see
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._sums = torch.zeros(4)
         self._clock = _Clock()
         self.add_callback(self._clock)
 
@@ -101,7 +102,7 @@ class SparseTrainer(Trainer):
             nothing = torch.zeros((), device=lm_loss.device)
             one = torch.ones_like(nothing)
             found = [lm_loss.float(), nothing if norm is None else norm, nothing if kl is None else kl, one]
-            self._sums = self._sums.to(lm_loss.device) + torch.stack(found).double()
+            self._sums = self._sums.to(lm_loss.device) + torch.stack(found)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
@@ -120,9 +121,8 @@ class SparseTrainer(Trainer):
 
     def _diverged(self, what: str, value: Any) -> SparsifyError:
         step = self.state.global_step
-        folder = Path(str(self.args.output_dir))
-        numbers = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
-        kept = f"{folder / f'checkpoint-{numbers[-1]}'} is the last good one" if numbers else "there is no checkpoint"
+        checkpoint = newest_checkpoint(Path(str(self.args.output_dir)))
+        kept = "there is no checkpoint" if checkpoint is None else f"{checkpoint} is the last good one"
         return SparsifyError(
             f"the {what} is {float(value)} at step {step + 1}, with factor {self._schedule.at(step):g}: nothing was "
             f"updated, {kept}; try a smaller learning rate or a smaller peak factor"
@@ -158,8 +158,7 @@ class SparseTrainer(Trainer):
 
     def _moment(self, logs: dict[str, float]) -> Moment:
         found = self._regulariser.take_sparsity()
-        shares = torch.tensor(list(found.values()), dtype=torch.float64)
-        mine = torch.cat([self._sums.cpu(), shares]).float()
+        mine = torch.cat([self._sums.cpu(), torch.tensor(list(found.values()))])
         everywhere: Tensor = self.accelerator.reduce(mine.to(self.args.device), "mean").cpu()
         self._sums.zero_()
         lm_loss, norm, kl, count = everywhere[:4].tolist()
@@ -182,7 +181,7 @@ class SparseTrainer(Trainer):
 
 
 class _Clock(TrainerCallback):
-    """Counts steps and time since this process began to train, and has the last step logged."""
+    """Counts steps and time since this process began to train, and has the last step and each checkpoint logged."""
 
     def __init__(self) -> None:
         self._first_step, self._started = 0, time.monotonic()
@@ -193,7 +192,8 @@ class _Clock(TrainerCallback):
         self._first_step, self._started = state.global_step, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-        if state.global_step >= state.max_steps:
+        # What was summed since the last log is in no checkpoint: a run that goes on would log the mean of the rest.
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
     def steps_per_second(self, step: int) -> float:

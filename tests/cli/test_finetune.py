@@ -49,6 +49,7 @@ def test_command_writes_a_relu_checkpoint_with_its_card_and_a_sparse_one(
     # Stock transformers runs it, and it is a ReLU model.
     model: Any = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.hidden_act == "relu"
+    assert model.config.use_cache
     assert {path.name for path in out.iterdir()} >= {"README.md", "training.png", "training.json", "finetune.yaml"}
     card = (out / "README.md").read_text()
     assert "![loss and sparsity over the tokens](training.png)" in card

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sparsify.errors import SparsifyError
 from sparsify.models import load_dense, load_tokenizer
 from sparsify.relufication import relufy
-from sparsify.training.finetune import Finetuned, newest_checkpoint
+from sparsify.training.checkpoints import newest_checkpoint
+from sparsify.training.finetune import Finetuned
 from sparsify.training.packing import PackedText, Source
 from sparsify.training.trainer import Moment
 
@@ -116,6 +117,13 @@ def test_lora_trains_adapters_and_merges_them(train: Train, tiny_dense: Path) ->
         change = after.state_dict()[name] - before[name]
         assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) <= 4, name
     assert moments[-1].regulariser > 0.0
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(train: Train) -> None:
+    settings = {"precision": "bf16", "factors": [0.5] * 3}
+    done = [train(state=str(on), gradient_checkpointing=on, **settings) for on in (False, True)]
+    assert _same(_weights(done[0]), _weights(done[1]))
+    assert all(tensor.dtype == torch.float32 for tensor in _weights(done[0]).values())
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(train: Train) -> None:
