@@ -106,11 +106,6 @@ class FinetuneSettings:
         self.token_count()
         self.stages()
 
-    @classmethod
-    def read(cls, path: Path) -> "FinetuneSettings":
-        """Reads a YAML file of settings. Raises SparsifyError for anything that is not one."""
-        return cls().updated(_mapping(path), source=str(path))
-
     def updated(self, values: Mapping[str, Any], *, source: str) -> Self:
         """Returns the settings with these values; an unknown name or a wrong type is refused, naming the source."""
         return from_mapping(type(self), asdict(self) | dict(values), where=source)

@@ -126,24 +126,25 @@ def test_gradient_checkpointing_trains_to_the_same_weights(train: Train) -> None
     assert all(tensor.dtype == torch.float32 for tensor in _weights(done[0]).values())
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(train: Train) -> None:
-    whole = train(state="whole", trainer={"report_to": []})
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4, "accumulation": 2}], ids=["weights", "lora"])
+def test_a_stopped_run_goes_on_to_the_same_weights(train: Train, settings: dict[str, Any]) -> None:
+    whole = train(state="whole", **settings)
 
     def stop(moment: Moment) -> None:
         if moment.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(state="stopped", see=stop)
+        train(state="stopped", see=stop, **settings)
     notes: list[str] = []
-    again = train(state="stopped", note=notes.append)
+    again = train(state="stopped", note=notes.append, **settings)
     # The log comes before the checkpoint of the same step.
     assert again.resumed_from == 2
     assert any(note.endswith("checkpoint-2") for note in notes)
     assert _same(_weights(whole), _weights(again))
     assert [entry.get("lm_loss") for entry in again.history] == [entry.get("lm_loss") for entry in whole.history]
     # Nothing is left to train: the same folder gives the same answer.
-    third = train(state="stopped")
+    third = train(state="stopped", **settings)
     assert third.resumed_from == 6
     assert [entry.get("lm_loss") for entry in third.history] == [entry.get("lm_loss") for entry in whole.history]
 
