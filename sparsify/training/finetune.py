@@ -100,6 +100,7 @@ def finetune(
         teacher=None if teacher is None else to_device(teacher, str(arguments.device)).eval().requires_grad_(False),
         distillation=settings.distillation,
         tokens_per_step=per_step,
+        tokenizer=tokenizer,
         see=see,
     )
     trainer.remove_callback(PrinterCallback)
@@ -108,7 +109,7 @@ def finetune(
         note(f"going on from {checkpoint}")
     with quiet(), torch.enable_grad():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _save(trainer, load if settings.lora_rank else None, settings, trained)
+    _save(trainer, tokenizer, load if settings.lora_rank else None, settings, trained)
     resumed = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     return Finetuned(trained, schedule, tokens, trainer.state.log_history, resumed, main)
 
@@ -171,7 +172,11 @@ def _with_adapters(model: PreTrainedModel, mlps: tuple[Mlp, ...], settings: Fine
 
 
 def _save(
-    trainer: SparseTrainer, base: Callable[[], PreTrainedModel] | None, settings: FinetuneSettings, trained: Path
+    trainer: SparseTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Callable[[], PreTrainedModel] | None,
+    settings: FinetuneSettings,
+    trained: Path,
 ) -> None:
     """Writes the trained weights, with LoRA merged into what base() loads, so that the folder appears whole."""
     staged = trained.with_name(f".{trained.name}.partial")
@@ -190,6 +195,7 @@ def _save(
                     substitute(model)
                 merged: Any = PeftModel.from_pretrained(model, str(staged / "adapters"))
                 merged.merge_and_unload().save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
         (staged / HISTORY).write_text(json.dumps(trainer.state.log_history) + "\n", encoding="utf-8")
         staged.rename(trained)
     trainer.accelerator.wait_for_everyone()

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from sparsify.errors import SparsifyError
 from sparsify.training.checkpoints import newest_checkpoint
@@ -59,10 +68,11 @@ class SparseTrainer(Trainer):
         teacher: PreTrainedModel | None = None,
         distillation: float = 0.0,
         tokens_per_step: int,
+        tokenizer: PreTrainedTokenizerBase,
         see: Callable[[Moment], None] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(data_collator=default_data_collator, **options)
         if self.args.n_gpu > 1:
             raise SparsifyError(
                 f"{self.args.n_gpu} GPUs in one process are not supported: start with `accelerate launch -m "
@@ -76,6 +86,7 @@ class SparseTrainer(Trainer):
         self._sums = torch.zeros(4)
         self._clock = _Clock()
         self.add_callback(self._clock)
+        self.add_callback(_TokenizerSaver(tokenizer))
 
     def compute_loss(
         self,
@@ -122,10 +133,11 @@ class SparseTrainer(Trainer):
     def _diverged(self, what: str, value: Any) -> SparsifyError:
         step = self.state.global_step
         checkpoint = newest_checkpoint(Path(str(self.args.output_dir)))
-        kept = "there is no checkpoint" if checkpoint is None else f"{checkpoint} is the last good one"
+        kept = "no checkpoint was written yet" if checkpoint is None else f"{checkpoint} is the last good checkpoint"
         return SparsifyError(
             f"the {what} is {float(value)} at step {step + 1}, with factor {self._schedule.at(step):g}: nothing was "
-            f"updated, {kept}; try a smaller learning rate or a smaller peak factor"
+            f"updated, {kept}; try a smaller learning rate or peak factor with a new --state, and MODEL or that "
+            "checkpoint to begin with"
         )
 
     def _divergence(self, logits: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -178,6 +190,17 @@ class SparseTrainer(Trainer):
             tokens_per_second=rate * self._tokens_per_step,
             seconds_left=(steps - step) / rate if rate else 0.0,
         )
+
+
+class _TokenizerSaver(TrainerCallback):
+    """Puts the tokenizer into each checkpoint, so that it is a model to begin with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        if state.is_world_process_zero:
+            self._tokenizer.save_pretrained(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 class _Clock(TrainerCallback):

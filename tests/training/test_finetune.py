@@ -182,10 +182,15 @@ def test_what_is_not_finite_stops_the_run_with_the_last_good_checkpoint(
         model.lm_head.register_forward_hook(break_it)
         return model
 
-    with pytest.raises(SparsifyError, match=rf"the {where} is nan at step 5, with factor 0\.1: .*checkpoint-4 is the"):
+    with pytest.raises(
+        SparsifyError, match=rf"the {where} is nan at step 5, with factor 0\.1: .*checkpoint-4 is the last"
+    ):
         train(load=load)
     kept = load_file(tmp_path / "state" / "checkpoint-4" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
+    # It is a model to begin with, tokenizer and all.
+    assert load_tokenizer(str(tmp_path / "state" / "checkpoint-4")).bos_token == "<s>"
+    assert load_dense(str(tmp_path / "state" / "checkpoint-4")).config.hidden_act == "relu"
     assert not (tmp_path / "state" / "trained").exists()
     # With what broke it mended, it goes on from there.
     assert train().resumed_from == 4
