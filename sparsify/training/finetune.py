@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from sparsify.errors import SparsifyError, UnavailableError
 from sparsify.fingerprint import weights_sha256
@@ -84,6 +84,8 @@ def finetune(
     if trained.is_dir():
         note(f"{trained} is there already: nothing is left to train")
         return Finetuned(trained, schedule, tokens, read_json(trained / HISTORY), schedule.steps, main)
+    # LoRA begins at random, and the trainer sets the seed only after that.
+    set_seed(settings.seed)
     mlps = _mlps(model) if settings.method == "dense" else substitute(model)
     data = PackedText(source, tokenizer, context=settings.context, seed=settings.seed)
     next(iter(data))
