@@ -38,7 +38,7 @@ class Met:
 
 
 def settle_budget(settings: ConvertSettings) -> ConvertSettings:
-    """Returns the settings with exactly one budget, checked, and the options that it leaves open filled in.
+    """Returns the settings with exactly one budget, none for relu, checked, and the options that it leaves open.
 
     Raises SparsifyError for two budgets, one out of range, and options of another one.
     """
@@ -54,7 +54,7 @@ def settle_budget(settings: ConvertSettings) -> ConvertSettings:
             raise SparsifyError(f"{_flag(option)} is for {_flag(budget)}: leave it out")
     if not given:
         # relu by itself keeps what the ReLUs leave: there is nothing to ask for.
-        return replace(settings, sparsity=0.0 if settings.method == "relu" else DEFAULT_SPARSITY)
+        return settings if settings.method == "relu" else replace(settings, sparsity=DEFAULT_SPARSITY)
     if settings.recipe is not None and "sparsity" not in given:
         raise SparsifyError(f"--recipe says each linear's sparsity, and so would {_flag(next(iter(given)))}: give one")
     if settings.speedup is not None:

@@ -85,8 +85,10 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     progress.note(f"writing {out}")
     card = _card_rows(measured) if measured is not None else None
     how = None if relufied is None else said_of(relufied)
+    # As settled, so that defaults of another version change nothing; relufy is what was asked for, not its relu.
+    settled = asdict(replace(settings, method=asked.method))
     checkpoint.save(
-        model, out, tokenizer, source=source, settings=asdict(asked), measured=card, budget=met.said, relufied=how
+        model, out, tokenizer, source=source, settings=settled, measured=card, budget=met.said, relufied=how
     )
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
@@ -109,8 +111,12 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True
-    # Where the budget is another one, the sparsity is looked for.
-    return about.configure(sparsity=DEFAULT_SPARSITY if settings.sparsity is None else settings.sparsity, **given)
+    if settings.sparsity is not None:
+        given["sparsity"] = settings.sparsity
+    elif settings.max_ppl_increase is not None or settings.speedup is not None:
+        # It is looked for, from here.
+        given["sparsity"] = DEFAULT_SPARSITY
+    return about.configure(**given)
 
 
 def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":

@@ -229,6 +229,7 @@ def _place_prompted(mlp: Mlp, modules: dict[str, nn.Module], choices: PromptChoi
 
 def _remake(layer: nn.Module, kinds: tuple[type[SparseLinear], type[SparseConv1D]]) -> SparseLinear | SparseConv1D:
     assert isinstance(layer, SparseLinear | SparseConv1D)
-    made = make_sparse(layer, scaled=False, rank=0, switch=layer.switch, kinds=kinds)
+    mended = layer.sparse_bias is not None
+    made = make_sparse(layer, scaled=False, rank=0, compensated=mended, switch=layer.switch, kinds=kinds)
     made.density = layer.density
     return made

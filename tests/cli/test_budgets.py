@@ -104,3 +104,16 @@ def test_a_budget_among_the_flags_takes_the_place_of_the_files(
 def test_without_a_budget_it_is_half_the_bytes(run: Run, dense_model: Path, tmp_path: Path, quick: list[str]) -> None:
     assert run("convert", dense_model, "--method", "teal", "--out", tmp_path / "o", *quick).exit_code == 0
     assert yaml.safe_load((tmp_path / "o" / "sparsify.yaml").read_text())["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(("method", "sparsity"), [("relufy", None), ("relufy+teal", 0.5), ("teal", 0.5)])
+def test_the_settings_written_are_those_settled(
+    run: Run, dense_model: Path, tmp_path: Path, quick: list[str], method: str, sparsity: float | None
+) -> None:
+    out, again = tmp_path / "o", tmp_path / "again"
+    assert run("convert", dense_model, "--method", method, "--out", out, *quick).exit_code == 0
+    written = yaml.safe_load((out / "sparsify.yaml").read_text())
+    assert (written["method"], written["sparsity"]) == (method, sparsity)
+    assert run("convert", "--config", out / "sparsify.yaml", "--out", again).exit_code == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert yaml.safe_load((again / "sparsify.yaml").read_text()) == written | {"out": str(again)}
