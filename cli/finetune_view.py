@@ -88,8 +88,8 @@ def _picture(moment: "Moment") -> Group:
         f"  {moment.tokens:,} tokens, {moment.tokens_per_second:,.0f} a second, about "
         f"{seconds(moment.seconds_left)} left\n",
         f"loss {moment.lm_loss:.4f}{_divergence(moment)}   L1 {moment.regulariser:.4g} × λ {moment.factor:.4g} = "
-        f"{moment.regulariser * moment.factor:.4g}   learning rate {moment.learning_rate:.2e}   zeros "
-        f"{percent(moment.mean_sparsity)}",
+        f"{moment.regulariser * moment.factor:.4g}\n",
+        f"learning rate {moment.learning_rate:.2e}   zeros {percent(moment.mean_sparsity)}",
     )
     rows = Table.grid(padding=(0, 1))
     prefix = common_prefix(list(moment.sparsity))
