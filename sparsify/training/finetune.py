@@ -74,25 +74,20 @@ def finetune(
     model = load()
     check_context(model, settings.context)
     arguments = training_arguments(settings, state)
-    schedule = settings.schedule(arguments.world_size)
+    schedule, per_step = settings.schedule(arguments.world_size), settings.tokens_per_step(arguments.world_size)
     with_steps(arguments, settings, schedule.steps)
-    main, per_step = arguments.process_index == 0, settings.tokens_per_step(arguments.world_size)
-    trained, tokens = state / TRAINED, schedule.steps * per_step
+    mlps = _mlps(model) if settings.method == "dense" else substitute(model)
+    data = PackedText(source, tokenizer, context=settings.context, seed=settings.seed)
+    next(iter(data))
+    main, trained, tokens = arguments.process_index == 0, state / TRAINED, schedule.steps * per_step
+    # All that can be wrong with the input is found by now: a refused run leaves no state.
     with arguments.main_process_first():
         if main:
             _claim(state, model, source, settings)
     if trained.is_dir():
         note(f"{trained} is there already: nothing is left to train")
         return Finetuned(trained, schedule, tokens, read_json(trained / HISTORY), schedule.steps, main)
-    # LoRA begins at random, and the trainer sets the seed only after that.
-    set_seed(settings.seed)
-    mlps = _mlps(model) if settings.method == "dense" else substitute(model)
-    data = PackedText(source, tokenizer, context=settings.context, seed=settings.seed)
-    next(iter(data))
-    regulariser = L1Regulariser(settings.l1_reduction)
-    trainable = _with_adapters(model, mlps, settings) if settings.lora_rank else model
-    # LoRA has put its own module in down's place.
-    regulariser.attach({mlp.down: model.get_submodule(mlp.down) for mlp in mlps})
+    trainable, regulariser = _trainable(model, mlps, settings)
     trainer = SparseTrainer(
         model=trainable,
         args=arguments,
@@ -105,14 +100,8 @@ def finetune(
         tokenizer=tokenizer,
         see=see,
     )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = newest_checkpoint(state)
-    if checkpoint is not None:
-        note(f"going on from {checkpoint}")
-    with quiet(), torch.enable_grad():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    resumed = _run(trainer, state, note)
     _save(trainer, tokenizer, load if settings.lora_rank else None, settings, trained)
-    resumed = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     return Finetuned(trained, schedule, tokens, trainer.state.log_history, resumed, main)
 
 
@@ -158,8 +147,18 @@ def _claim(state: Path, model: PreTrainedModel, source: Source, settings: Finetu
         raise UnavailableError(f"{state} cannot be written: {problem.strerror}") from None
 
 
-def _with_adapters(model: PreTrainedModel, mlps: tuple[Mlp, ...], settings: FinetuneSettings) -> Any:
-    """Returns the model with LoRA on every linear of its blocks; only these are trained."""
+def _trainable(model: PreTrainedModel, mlps: tuple[Mlp, ...], settings: FinetuneSettings) -> tuple[Any, L1Regulariser]:
+    """Returns what is trained, the model or LoRA on every linear of its blocks, and what reads the inputs of down."""
+    # LoRA begins at random, and the trainer sets the seed only after that.
+    set_seed(settings.seed)
+    trainable = _with_adapters(model, settings) if settings.lora_rank else model
+    regulariser = L1Regulariser(settings.l1_reduction)
+    # LoRA has put its own modules in the places of the linears.
+    regulariser.attach({mlp.down: model.get_submodule(mlp.down) for mlp in mlps})
+    return trainable, regulariser
+
+
+def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as problem:
@@ -171,6 +170,17 @@ def _with_adapters(model: PreTrainedModel, mlps: tuple[Mlp, ...], settings: Fine
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _run(trainer: SparseTrainer, state: Path, note: Callable[[str], None]) -> int | None:
+    """Trains to the end; returns the step that it went on from."""
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_checkpoint(state)
+    if checkpoint is not None:
+        note(f"going on from {checkpoint}")
+    with quiet(), torch.enable_grad():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def _save(

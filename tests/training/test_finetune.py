@@ -235,6 +235,7 @@ def test_models_that_cannot_be_relufied_are_refused(train: Train, tiny_dense: Pa
         train(load=without_mlp)
     with pytest.raises(SparsifyError, match="is Tanh, which has no ReLU counterpart"):
         train(state="tanh", load=with_tanh)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
