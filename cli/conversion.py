@@ -14,7 +14,6 @@ from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p, convert_ppl_p
 from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import is_relufy, relufy_model, said_of, save_plain, settle_relufy
 from sparsify.cli.settings import ConvertSettings
-from sparsify.cli.sites import check_budgets, describe_sites
 from sparsify.errors import SparsifyError, UnavailableError
 
 if TYPE_CHECKING:
@@ -24,17 +23,14 @@ if TYPE_CHECKING:
     from sparsify.calibration import Calibration
     from sparsify.config import SparsifyConfig
     from sparsify.methods import AnyMethod
+    from sparsify.processes import Processes
     from sparsify.text import Windows
 
 
-def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bool = False) -> dict[str, Any]:
-    """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports.
-
-    With dry_run, nothing is calibrated or written, and `out` may be left out.
-    """
+def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, Any]:
+    """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports."""
     from sparsify import checkpoint, models
     from sparsify.ledger import ledger_of
-    from sparsify.relufication import check_relufiable
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
@@ -42,29 +38,26 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     if by_neurons:
         check_ppl_p(settings)
     asked, settings = settings, settle_budget(settle_relufy(settings))
-    method = None if by_neurons else _configure(settings)
-    allocation = None if method is None else _allocate(settings, method)
-    out = check_out(settings.out, needed=not dry_run)
+    method = None if by_neurons else configure(settings)
+    allocation = None if method is None else allocate(settings, method)
     device = pick_device(settings.device)
-    spec = _check_model(settings.model)
-    tokenizer, calibration, held_out, windows = _read_texts(spec, settings, progress)
+    processes = _processes(settings, device)
+    out = check_out(settings.out)
+    spec = check_model(settings.model)
+    tokenizer, calibration, held_out, windows = read_texts(spec, settings, progress)
+    calibration = replace(calibration, processes=processes)
+    # No process may look for `out` after the first has made it.
+    processes.wait()
 
     relufied: dict[str, Any] | None = None
 
     def make() -> "PreTrainedModel":
         nonlocal relufied
         model = _load_dense(spec, settings, device, progress)
-        if is_relufy(asked) and not dry_run:
+        if is_relufy(asked):
             relufied = relufy_model(model, asked, calibration, windows, progress)
         return model
 
-    if dry_run or out is None:
-        model = make()
-        if is_relufy(asked):
-            check_relufiable(model, asked.activation or "relu")
-        elif method is not None and allocation is not None:
-            check_budgets(model, method, uniform=allocation.name == "uniform")
-        return {"model": spec, "dry_run": True, "settings": asdict(settings)} | describe_sites(model)
     source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
     if asked.plain:
         model = make()
@@ -78,6 +71,9 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     else:
         assert held_out is not None
         model, met = convert_ppl_p(settings, make, calibration, held_out, progress)
+    if not processes.first:
+        processes.wait()
+        return {}
     config: SparsifyConfig = model.config.quantization_config
     config.prefill = settings.prefill or config.prefill
     set_prefill(model, config.prefill)
@@ -90,6 +86,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     checkpoint.save(
         model, out, tokenizer, source=source, settings=settled, measured=card, budget=met.said, relufied=how
     )
+    processes.wait()
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
         report
@@ -98,7 +95,21 @@ def run_conversion(settings: ConvertSettings, progress: Progress, *, dry_run: bo
     )
 
 
-def _configure(settings: ConvertSettings) -> "AnyMethod":
+def _processes(settings: ConvertSettings, device: str) -> "Processes":
+    """Returns the processes that convert together; what only one can do is refused."""
+    from sparsify.processes import launched
+
+    processes = launched(cpu=device.startswith("cpu"))
+    alone = ("speedup", "allocation_state", "reconstruct_state", "plain")
+    asked = [f"--{name.replace('_', '-')}" for name in alone if getattr(settings, name) not in (None, False)]
+    if processes.count > 1 and asked:
+        raise SparsifyError(
+            f"{asked[0]} is for one process, and {processes.count} are here: start one, without a launcher"
+        )
+    return processes
+
+
+def configure(settings: ConvertSettings) -> "AnyMethod":
     """Returns the method; an option that it does not take is refused, one that was not given is left to it."""
     from sparsify.methods import get_method
 
@@ -107,7 +118,7 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    names = ("rho", "score", "recipe", "rotation", "cut")
+    names = ("rho", "score", "recipe", "rotation", "cut", "svd")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True
@@ -119,7 +130,7 @@ def _configure(settings: ConvertSettings) -> "AnyMethod":
     return about.configure(**given)
 
 
-def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
+def allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     """Returns the allocation, with the state file and the seed where it is one that takes them."""
     from sparsify.allocation import allocation_of
     from sparsify.allocation.evolutionary import Evolutionary
@@ -134,14 +145,12 @@ def _allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     return allocation
 
 
-def check_out(out: str | None, *, needed: bool) -> Path | None:
+def check_out(out: str | None) -> Path:
     """Checks, before hours of work, that the folder can be made at their end."""
     from sparsify.new_folder import check_output
 
     if out is None:
-        if needed:
-            raise SparsifyError("no --out: name the folder to write, which must not exist yet")
-        return None
+        raise SparsifyError("no --out: name the folder to write, which must not exist yet")
     path = Path(out)
     check_output(path)
     parent = path.absolute().parent
@@ -154,7 +163,8 @@ def check_out(out: str | None, *, needed: bool) -> Path | None:
     return path
 
 
-def _check_model(model: str | None) -> str:
+def check_model(model: str | None) -> str:
+    """Returns the MODEL of the settings. Raises SparsifyError where there is none, or not such a one."""
     from sparsify.models import resolve_model
 
     if model is None:
@@ -163,7 +173,7 @@ def _check_model(model: str | None) -> str:
     return model
 
 
-def _read_texts(
+def read_texts(
     spec: str, settings: ConvertSettings, progress: Progress
 ) -> "tuple[PreTrainedTokenizerBase, Calibration, Windows | None, Windows | None]":
     """Reads all texts before the model, which takes longer and whose load a short text would waste.
@@ -248,5 +258,16 @@ def _describe(config: "SparsifyConfig") -> dict[str, Any]:
         "calibration": asdict(config.calibration),
         "low_rank_linears": sum(entry.rank > 0 for entry in entries.values()),
         "mean_error": sum(entry.error for entry in entries.values()) / len(entries),
+        "svd": _sketched(config),
         "worst_error": {"linear": worst, "error": entries[worst].error},
     }
+
+
+def _sketched(config: "SparsifyConfig") -> dict[str, Any] | None:
+    """Returns how many factors are of a randomised SVD, and their errors ‖W − L‖/‖W‖; None where none is."""
+    errors = {n: e.low_rank_error for n, e in config.linears.items() if e.low_rank_error is not None}
+    if not errors:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    mean = sum(errors.values()) / len(errors)
+    return {"randomised": len(errors), "mean_error": mean, "worst_error": {"linear": worst, "error": errors[worst]}}

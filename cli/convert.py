@@ -11,10 +11,11 @@ from sparsify.cli.budgets import BUDGETS, DEFAULT_HELD_OUT, DEFAULT_SPARSITY, pr
 from sparsify.cli.conversion import run_conversion
 from sparsify.cli.ledger_view import print_left_dense, totals_table
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, percent, seconds
+from sparsify.cli.plan_view import render_plan
+from sparsify.cli.planning import plan_settings
 from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import said_of
 from sparsify.cli.settings import ConvertSettings, parse_rho
-from sparsify.cli.sites import sites_table
 
 _DEFAULTS = ConvertSettings()
 
@@ -99,6 +100,14 @@ def convert(
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="rsparse: a file of sparsity and rho for each linear.", metavar="FILE")
+    ] = None,
+    svd: Annotated[
+        str | None,
+        typer.Option(
+            help="rsparse, auto: how low-rank factors are computed: exact, randomised, or auto, which is exact for "
+            "small weights and for ranks above a third of their smaller side.",
+            show_default="auto",
+        ),
     ] = None,
     compensate: Annotated[
         bool | None,
@@ -195,7 +204,8 @@ def convert(
         Path | None, typer.Option(help="YAML with any of these settings; flags win over it.", metavar="FILE")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the plan; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show the plan, as `sparsify plan` does: no weight is read."),
     ] = False,
     format: FormatOption = Format.human,
     save: SaveOption = None,
@@ -215,7 +225,7 @@ def convert(
         "model": model, "out": out, "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase,
         "speedup": speedup, "held_out": held_out, "cost_table": cost_table, "allocation": allocation,
         "allocation_state": allocation_state, "rho": parse_rho(rho), "score": score, "recipe": recipe,
-        "compensate": compensate, "cut": cut, "activation": activation,
+        "svd": svd, "compensate": compensate, "cut": cut, "activation": activation,
         "reconstruct": reconstruct, "reconstruct_inputs": reconstruct_inputs,
         "reconstruct_weighting": reconstruct_weighting, "reconstruct_zeros": reconstruct_zeros,
         "reconstruct_state": reconstruct_state, "plain": plain, "rotation": rotation, "rotate": rotate,
@@ -231,16 +241,16 @@ def convert(
         base = base.updated(dict.fromkeys(BUDGETS), source="flags")
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
-        result = run_conversion(settings, progress, dry_run=dry_run)
+        result = plan_settings(settings, progress) if dry_run else run_conversion(settings, progress)
+    if dry_run:
+        output.emit(result, lambda console: render_plan(console, result))
+        if not result["verdict"]["fits"]:
+            raise typer.Exit(1)
+        return
     output.emit(result, lambda console: _render(console, result))
 
 
 def _render(console: Console, result: dict[str, Any]) -> None:
-    if result["dry_run"]:
-        console.print(sites_table(result["kinds"]))
-        print_left_dense(console, result["left_dense"])
-        console.print(f"{result['linears']} linears at {result['sites']} input sites. Dry run: nothing was written.")
-        return
     if result["relufied"] is not None:
         console.print(f"{said_of(result['relufied'])}.", markup=False)
     if result["ledger"] is None:
@@ -261,6 +271,13 @@ def _render(console: Console, result: dict[str, Any]) -> None:
         f"{percent(result['mean_error'])}, worst {percent(worst['error'])} ({worst['linear']}).",
         markup=False,
     )
+    if (svd := result["svd"]) is not None:
+        console.print(
+            f"Factors of {svd['randomised']} linears are of a randomised SVD: of their weights they leave "
+            f"{percent(svd['mean_error'])} (the norm of W − L by that of W), at worst "
+            f"{percent(svd['worst_error']['error'])} ({svd['worst_error']['linear']}).",
+            markup=False,
+        )
     print_budget(console, result["budget"])
     measured = result["measured"]
     if measured is not None:

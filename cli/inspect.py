@@ -49,7 +49,8 @@ def inspect(
 
     For a dense model: the linears that a conversion would make sparse, found
     by structure, what it would leave dense, and an estimate of how sparse it
-    could be, by output error on a few windows of text.
+    could be, by output error on a few windows of text; with --no-estimate no
+    weight is read.
 
     [dim]$[/] sparsify inspect reference-50
     [dim]$[/] sparsify inspect reference
@@ -59,16 +60,18 @@ def inspect(
         return _inspect_activations(model, activations, output, trust_remote_code)
     with output.working(), Progress() as progress:
         from sparsify.models import load_dense, resolve_model
+        from sparsify.skeleton import read_skeleton
 
         source = resolve_model(model)
         converted = is_converted(source)
         if converted:
             result = {"model": model, "converted": True} | describe_checkpoint(Path(source))
         else:
-            progress.note(f"loading {model}")
-            dense = load_dense(model, device="cpu", trust_remote_code=trust_remote_code)
-            result = {"model": model, "converted": False} | describe_sites(dense)
+            skeleton = read_skeleton(model, trust_remote_code=trust_remote_code)
+            result = {"model": model, "converted": False} | describe_sites(skeleton.model)
             if estimate:
+                progress.note(f"loading {model}")
+                dense = load_dense(model, device="cpu", trust_remote_code=trust_remote_code)
                 result["estimate"] = _estimate(model, dense, progress, trust_remote_code)
     output.emit(result, lambda console: (_render_checkpoint if converted else _render_dense)(console, result))
 

@@ -147,7 +147,7 @@ def _check_out(out: Path | None, tolerances: list[float], rules: list[str]) -> N
             f"--out {out} writes one model: give one --ppl-p and --rule cett, not {len(tolerances)} and "
             f"{', '.join(rules)}"
         )
-    check_out(str(out), needed=True)
+    check_out(str(out))
 
 
 def _load(model: str, dtype: str, device: str, trust_remote_code: bool) -> "PreTrainedModel":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PPL_P = "ppl-p"
 # Settings of methods that spend bytes.
-_OTHERS = ("sparsity", "speedup", "allocation", "allocation_state", "rho", "score", "recipe", "rotation")
+_OTHERS = ("sparsity", "speedup", "allocation", "allocation_state", "rho", "score", "recipe", "rotation", "svd")
 
 
 def check_ppl_p(settings: ConvertSettings) -> None:

@@ -30,6 +30,7 @@ class ConvertSettings:
     rho: int | float | str | None = None
     score: str | None = None
     recipe: str | None = None
+    svd: str | None = None
     compensate: bool = False
     cut: float | None = None
     activation: str | None = None

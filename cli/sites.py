@@ -11,19 +11,20 @@ from sparsify.cli.output import common_prefix, make_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsify.methods import AnyMethod
+    from sparsify.targets import Targets
 
 
-def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
+def describe_sites(model: "PreTrainedModel", targets: "Targets | None" = None) -> dict[str, Any]:
     """Returns the linears that a conversion would make sparse, kind by kind, and what it would leave dense.
 
+    The model may be on the meta device; targets: its own, where they were found before.
     A kind is a name with its block number replaced by *; linears of one kind and different shapes are two.
     """
     import torch
 
     from sparsify.targets import find_targets, linear_shape
 
-    targets = find_targets(model, torch.zeros(1, 8, dtype=torch.int64))
+    targets = targets or find_targets(model, torch.zeros(1, 8, dtype=torch.int64))
     modules = dict(model.named_modules())
     kinds: dict[tuple[str, int, int], dict[str, Any]] = {}
     for site in targets.sites:
@@ -35,38 +36,6 @@ def describe_sites(model: "PreTrainedModel") -> dict[str, Any]:
             kind["shares_input_with"] = [other for other in dict.fromkeys(shared) if other != _kind(name)]
     rows = [{"linear": n, "outputs": o, "inputs": i, **about} for (n, o, i), about in kinds.items()]
     return {"linears": len(targets.names), "sites": len(targets.sites), "kinds": rows, "left_dense": targets.left_dense}
-
-
-def check_budgets(model: "PreTrainedModel", method: "AnyMethod", *, uniform: bool) -> None:
-    """Raises SparsifyError where the method does not fit the linears of this model, or cannot meet its budget.
-
-    The latter with uniform shares only: what other allocations give a linear is known when they have run.
-    """
-    import torch
-
-    from sparsify.methods import NeuronMethod
-    from sparsify.methods.relu import Relu
-    from sparsify.neuron_conversion import plan_neurons
-    from sparsify.relu_conversion import find_relu_mlps
-    from sparsify.targets import find_targets, linear_shapes
-
-    tokens = torch.zeros(1, 8, dtype=torch.int64)
-    targets = find_targets(model, tokens)
-    shapes = linear_shapes(model, targets)
-    if isinstance(method, Relu):
-        found = find_relu_mlps(model, method, targets, tokens)
-        settled = {name for mlp in found for name in mlp.shares("relu")}
-        shapes = {name: shape for name, shape in shapes.items() if name not in settled}
-        if method.rest is None:
-            return
-        method = method.rest
-    if isinstance(method, NeuronMethod):
-        if method.sparsity > 0.0:
-            plan_neurons(model, method, targets, shapes, tokens)
-        return
-    bound = method.bind(shapes)
-    for name, shape in shapes.items() if uniform else ():
-        bound.candidates(name, shape)
 
 
 def sites_table(kinds: Sequence[dict[str, Any]]) -> Table:

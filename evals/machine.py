@@ -101,6 +101,14 @@ def available_memory(device: torch.device) -> int | None:
     return min(amounts, default=None)
 
 
+def resident_memory() -> int:
+    """Returns the bytes of memory that this process holds now, 0 where the system does not tell."""
+    for line in _read(_PROC / "self" / "status").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
 class CpuWait:
     """A context manager; share: seconds that a thread of this process was ready and had no CPU, for each second inside.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsify.evals.report_page import Grid, Painter, Part, Picture
 from sparsify.evals.report_results import Results, Subject
-from sparsify.evals.report_text import place, share
+from sparsify.evals.report_text import NONE, place, share
 
 _COLUMNS = 2
 
@@ -34,7 +34,7 @@ def activations_part(subject: Subject, results: Results, painter: Painter) -> Pa
 
 def _energy(subject: Subject) -> list[Grid]:
     """Returns the ranks that hold 50, 90 and 99% of ‖W‖², where the conversion looked at singular values."""
-    kinds: dict[str, list[tuple[list[int], int, int]]] = {}
+    kinds: dict[str, list[tuple[list[int | None], int, int]]] = {}
     shapes = {linear.name: min(linear.outputs, linear.inputs) for linear in subject.ledger.linears}
     for name in shapes:
         entry = subject.config.linears[name]
@@ -42,7 +42,7 @@ def _energy(subject: Subject) -> list[Grid]:
             kinds.setdefault(place(name)[1], []).append((entry.energy_ranks, shapes[name], entry.rank))
     rows = [
         (
-            kind, *(f"{sum(ranks[i] for ranks, _, _ in found) / len(found):.0f}" for i in range(3)),
+            kind, *(_mean_rank([ranks[i] for ranks, _, _ in found]) for i in range(3)),
             f"{sum(full for _, full, _ in found) / len(found):.0f}",
             f"{sum(chosen for *_, chosen in found) / len(found):.0f}",
         )
@@ -50,6 +50,12 @@ def _energy(subject: Subject) -> list[Grid]:
     ]  # fmt: skip
     title = "Ranks that hold 50, 90 and 99% of a weight's energy, means over layers"
     return [Grid(title, ("", "50%", "90%", "99%", "full rank", "chosen"), rows)] if rows else []
+
+
+def _mean_rank(ranks: list[int | None]) -> str:
+    """Returns the mean, "-" where a randomised SVD left one unknown."""
+    known = [rank for rank in ranks if rank is not None]
+    return f"{sum(known) / len(known):.0f}" if len(known) == len(ranks) else NONE
 
 
 def _histograms(data: dict[str, Any], painter: Painter) -> Picture:

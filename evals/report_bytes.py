@@ -102,7 +102,7 @@ def _linears(subject: Subject, counted: Ledger | None) -> Iterator[tuple[str, ..
             x.name, f"{x.outputs}×{x.inputs}", size(x.dense_bytes), size(x.touched_bytes),
             share(1 - x.touched_bytes / x.dense_bytes), share(really), f"{entry.rho:g}", str(entry.rank),
             share(entry.density), share(entry.error, 2),
-            NONE if entry.energy_ranks is None else ", ".join(map(str, entry.energy_ranks)),
+            ", ".join(NONE if rank is None else str(rank) for rank in entry.energy_ranks or [None]),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from sparsify.compensation import compensate_means, learned_or_not, with_uncompe
 from sparsify.config import LinearEntry
 from sparsify.fitting import Fit, best, fit_candidates, measure_errors
 from sparsify.linear import SparsitySwitch
+from sparsify.low_rank import Svd
 from sparsify.methods import Method
 from sparsify.rotation import rotate as rotate_model
 from sparsify.rotation import rotation_problem
@@ -49,7 +50,8 @@ class Channels:
         for name, linear in self.linears.items():
             c = self.fits[name].candidate
             error = self.fits[name].error / max(self.fits[name].tokens, 1)
-            ranks = list(linear.spectrum.energy_ranks()) if linear.spectrum is not None else None
+            spectrum = linear.spectrum
+            sketched = spectrum is not None and not spectrum.exact and c.rank > 0
             entries[name] = LinearEntry(
                 c.sparsity,
                 c.rho,
@@ -57,10 +59,11 @@ class Channels:
                 c.scaled,
                 c.density,
                 error,
-                ranks,
+                None if spectrum is None else list(spectrum.energy_ranks()),
                 c.cut,
                 c.compensated or None,
                 owners.get(name),
+                spectrum.error(c.rank) if spectrum is not None and sketched else None,
             )
         return entries
 
@@ -79,10 +82,10 @@ def choose_channels(
     """Returns the choice for the linears of `shapes`; the model is rotated by then where that was asked for."""
     method = method.bind(shapes)
     chooser = allocation_of(allocation, method)
-    rotate = rotate or _rotates(model, method)
+    rotate = rotate or rotates(model, method)
     if rotate:
         rotate_model(model, calibration, progress=progress)
-    linears = prepare(model, targets, shapes)
+    linears = prepare(model, targets, shapes, getattr(method, "svd", "auto"))
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
     learns = bool(getattr(method, "learns_compensation", False))
     if learns:
@@ -95,20 +98,23 @@ def choose_channels(
     return Channels(linears, chosen, chooser.name, rotate)
 
 
-def _rotates(model: PreTrainedModel, method: Method) -> bool:
+def rotates(model: PreTrainedModel, method: Method) -> bool:
+    """Whether the method itself asks for a rotation of the model, which may be on the meta device, and it can be."""
     rotation = getattr(method, "rotation", None)
     if rotation == "where-possible":
         return method.sparsity > 0.0 and rotation_problem(model) is None
     return rotation == "model"
 
 
-def prepare(model: PreTrainedModel, targets: Targets, shapes: Mapping[str, LinearShape]) -> dict[str, TargetLinear]:
+def prepare(
+    model: PreTrainedModel, targets: Targets, shapes: Mapping[str, LinearShape], svd: Svd = "auto"
+) -> dict[str, TargetLinear]:
     """Returns the linears of `shapes` with their site and column norms."""
     sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
     modules = {name: model.get_submodule(name) for name in shapes}
     return {
         name: TargetLinear(
-            modules[name], sites[name], dense_weight(modules[name]).detach().double().norm(dim=0).float()
+            modules[name], sites[name], dense_weight(modules[name]).detach().double().norm(dim=0).float(), svd
         )
         for name in shapes
     }

@@ -22,7 +22,7 @@ from sparsify.models import hub_errors, load_dense, parse_dtype, quiet, to_devic
 from sparsify.new_folder import new_folder
 from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_folder, check_index, read_headers
-from sparsify.runtime import set_prefill, sparse_layers, switch_of
+from sparsify.runtime import is_divided, set_prefill, sparse_layers, switch_of
 from sparsify.strict import JSON_BYTES, read_json
 
 LEDGER = "sparsify_ledger.json"
@@ -46,11 +46,13 @@ def save(
     Everything is written and synced in a hidden folder beside `out`, which appears by one rename: a kill leaves no
     half checkpoint. source names the dense model in the card; settings go to sparsify.yaml; measured to the card, and
     so do budget, which says how the sparsity was found, and relufied, how the model got its ReLUs.
-    Raises SparsifyError for a dense model or an `out` that exists, UnavailableError where the disk is full.
+    Raises SparsifyError for a dense model, a part of one and an `out` that exists, UnavailableError for a full disk.
     """
     out = Path(out)
     if not sparse_layers(model):
         raise SparsifyError("this model is not converted: save it with its own save_pretrained")
+    if is_divided(model):
+        raise SparsifyError("this process holds a part of the model: write it with save_pretrained, in every process")
     with new_folder(out) as staging:
         _write(model, staging, tokenizer, source or _source(model), settings or {}, measured, budget, relufied)
     return out

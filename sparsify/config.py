@@ -28,7 +28,8 @@ class LinearEntry:
     """One converted linear: how its budget was spent and what that cost on calibration text.
 
     error is the mean of ‖y − ŷ‖² / ‖y‖² over tokens, on dense inputs; density is the calibrated share of channels a
-    token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at;
+    token uses; energy_ranks are the ranks that hold 50, 90 and 99% of ‖W‖², where singular values were looked at, None
+    for one beyond those that a randomised SVD computed; low_rank_error is ‖W − L‖/‖W‖ where L is of a randomised one;
     cut says how each token's channels are cut where that is not by a fixed threshold (sparsify.token_cut); compensated
     is true where sparse forwards have a bias of their own, which makes up for the mean of what they drop;
     rotation names the linear of its site that stores the Q whose Qᵀx is cut in the place of x.
@@ -40,10 +41,11 @@ class LinearEntry:
     scaled: bool
     density: float
     error: float
-    energy_ranks: list[int] | None = None
+    energy_ranks: list[int | None] | None = None
     cut: TokenCut | None = None
     compensated: bool | None = None
     rotation: str | None = None
+    low_rank_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,13 @@ def _check_rotations(config: SparsifyConfig, where: str) -> None:
 def _linear_entry(name: str, data: object, where: str) -> LinearEntry:
     entry = from_mapping(LinearEntry, data, where=f"{where}.linears[{name!r}]", error=CheckpointError)
     shares = {"sparsity": entry.sparsity, "rho": entry.rho, "density": entry.density}
+    if entry.low_rank_error is not None:
+        shares["low_rank_error"] = entry.low_rank_error
     for key, value in shares.items():
         if not 0.0 <= value <= 1.0:
             raise CheckpointError(f"{where}.linears[{name!r}]: {key} is {value}, it must be in [0, 1]")
     ranks = entry.energy_ranks
-    if ranks is not None and not (len(ranks) == 3 and all(0 <= rank < _LARGEST for rank in ranks)):
+    if ranks is not None and not (len(ranks) == 3 and all(r is None or 0 <= r < _LARGEST for r in ranks)):
         raise CheckpointError(f"{where}.linears[{name!r}]: energy_ranks are {ranks}, three ranks are expected")
     if entry.rank < 0:
         raise CheckpointError(f"{where}.linears[{name!r}]: rank is {entry.rank}, it must be at least 0")

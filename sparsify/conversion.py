@@ -1,6 +1,5 @@
 """The story of a conversion: targets → choose (channels, neurons, or what ReLUs leave) → swap → describe."""
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from sparsify.channel_conversion import choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch
-from sparsify.methods import AnyMethod, NeuronMethod
+from sparsify.methods import AnyMethod, NeuronMethod, options_of
 from sparsify.methods.relu import Relu
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
@@ -43,7 +42,7 @@ def convert(
     Raises SparsifyError for a model that is converted or quantised already, or one whose budget cannot be met.
     """
     refuse_converted(model)
-    _check_tokens(model, calibration.tokens)
+    check_tokens(model, calibration.tokens)
     targets = find_targets(model, calibration.tokens[:1, :8])
     shapes = linear_shapes(model, targets)
     if isinstance(method, Relu):
@@ -61,7 +60,9 @@ def convert(
         method=method.name,
         # Not named where it is off: an older sparsify's methods do not know it.
         method_config={
-            key: value for key, value in asdict(method.bind(shapes)).items() if (key, value) != ("compensate", False)
+            key: value
+            for key, value in options_of(method.bind(shapes)).items()
+            if (key, value) != ("compensate", False)
         },
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
@@ -83,7 +84,8 @@ def refuse_converted(model: PreTrainedModel) -> None:
         raise SparsifyError("this model is quantised: sparsify converts models with floating-point weights")
 
 
-def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raises SparsifyError for calibration tokens that the model cannot take."""
     embedding: Any = model.get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     for token in (int(tokens.min()), int(tokens.max())):

@@ -16,8 +16,9 @@ from sparsify.budget import LinearShape
 from sparsify.config import SparsifyConfig
 from sparsify.errors import CheckpointError
 from sparsify.runtime import sparse_layers
+from sparsify.short_forward import is_expert_weight
 from sparsify.strict import from_mapping
-from sparsify.targets import decoder_of, is_expert_weight
+from sparsify.targets import decoder_of
 
 _DERIVED = ("weighted_sparsity", "model_sparsity", "dense_bytes_per_token", "touched_bytes_per_token")
 _MOST = 1 << 48

@@ -5,15 +5,15 @@ reads that activation, alone (ungated) or times what a second linear of the same
 be one linear, the gate's rows first (Phi-3). Not covered: experts, which see a part of the tokens; up's rows first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify.errors import SparsifyError
 from sparsify.neuron_cut import Mlp, NeuronCut, is_activation, zero_at_zero
+from sparsify.short_forward import Products, run_short, same_place
 from sparsify.targets import Targets
 
 
@@ -27,18 +27,21 @@ class _Call:
 
 
 def find_mlps(model: PreTrainedModel, targets: Targets, tokens: Tensor) -> tuple[Mlp, ...]:
-    """Runs one short forward on tokens [1, S] and returns the MLPs whose linears are targets, in call order."""
+    """Runs one short forward on tokens [1, S] and returns the MLPs whose linears are targets, in call order.
+
+    The model may be on the meta device: an MLP is told by which tensors are read, not by their values.
+    """
     linears = {name: model.get_submodule(name) for name in targets.names}
     activations = {name: module for name, module in model.named_modules() if is_activation(module)}
-    calls = _record(model, linears | activations, tokens)
+    products = Products()
+    calls = _record(model, linears | activations, tokens, products)
     linear_calls = {call.name: call for call in calls if call.name in linears}
     sites = {name: site.names for site in targets.sites for name in site.names}
     found = []
     for index, call in enumerate(calls):
         if call.name in activations and call.x[..., 0].numel() == tokens.numel():
-            # What is called later reads it: of equal values, as of zeros from a pad token, the first is the MLP's own.
             later = [other for other in calls[index + 1 :] if other.name in linears]
-            found.append(_mlp_of(call, linear_calls, later, sites))
+            found.append(_mlp_of(call, linear_calls, later, sites, products))
     return tuple(mlp for mlp in found if mlp is not None)
 
 
@@ -57,7 +60,7 @@ def cut_mlps(model: PreTrainedModel, mlps: Sequence[Mlp], cut: NeuronCut, method
     return kept
 
 
-def _record(model: PreTrainedModel, modules: dict[str, nn.Module], tokens: Tensor) -> list[_Call]:
+def _record(model: PreTrainedModel, modules: dict[str, nn.Module], tokens: Tensor, products: Products) -> list[_Call]:
     calls: list[_Call] = []
     handles = []
     for name, module in modules.items():
@@ -67,8 +70,7 @@ def _record(model: PreTrainedModel, modules: dict[str, nn.Module], tokens: Tenso
 
         handles.append(module.register_forward_hook(see))
     try:
-        with torch.inference_mode():
-            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+        run_short(model, tokens, products)
     finally:
         for handle in handles:
             handle.remove()
@@ -76,37 +78,36 @@ def _record(model: PreTrainedModel, modules: dict[str, nn.Module], tokens: Tenso
 
 
 def _mlp_of(
-    activation: _Call, linears: dict[str, _Call], later: Sequence[_Call], sites: dict[str, tuple[str, ...]]
+    activation: _Call,
+    linears: dict[str, _Call],
+    later: Sequence[_Call],
+    sites: dict[str, tuple[str, ...]],
+    products: Products,
 ) -> Mlp | None:
     source = next((call for call in linears.values() if _reads(activation.x, call.y)), None)
     if source is None:
         return None
     neurons = activation.x.shape[-1]
     if source.y.shape[-1] == 2 * neurons:
-        h = activation.y * source.y[..., neurons:]
-        down = _reader(h, later)
+        down = _reader(products.of(activation.y, source.y[..., neurons:]), later)
         return None if down is None else Mlp(source.name, down, activation.name, neurons, source.name)
-    down = _reader(activation.y, later)
+    down = _reader((activation.y,), later)
     if down is not None:
         return Mlp(source.name, down, activation.name, neurons)
     for up in sites[source.name]:
         if up != source.name and linears[up].y.shape == activation.y.shape:
-            down = _reader(activation.y * linears[up].y, later)
+            down = _reader(products.of(activation.y, linears[up].y), later)
             if down is not None:
                 return Mlp(up, down, activation.name, neurons, source.name)
     return None
 
 
 def _reads(x: Tensor, y: Tensor) -> bool:
-    """Whether x [..., F] is y, or the first half of each row of it: all are alive, so an address is one tensor's."""
-    same = x.data_ptr() == y.data_ptr() != 0 and x.shape[:-1] == y.shape[:-1]
-    return same and y.shape[-1] in (x.shape[-1], 2 * x.shape[-1])
+    """Whether x [..., F] is y, or the first half of each row of it."""
+    return same_place(x, y) and x.shape[:-1] == y.shape[:-1] and y.shape[-1] in (x.shape[-1], 2 * x.shape[-1])
 
 
-def _reader(h: Tensor, linears: Sequence[_Call]) -> str | None:
-    """Returns the first linear whose input is h, by every element; a NaN is one, so that broken models are found."""
-    return next((call.name for call in linears if call.x.shape == h.shape and _same(call.x, h)), None)
-
-
-def _same(x: Tensor, h: Tensor) -> bool:
-    return bool(torch.isclose(x, h, rtol=0.0, atol=0.0, equal_nan=True).all())
+def _reader(neurons: Iterable[Tensor], linears: Sequence[_Call]) -> str | None:
+    """Returns the first linear whose input is one of these tensors [..., F]."""
+    found = (call for h in neurons for call in linears if call.x.numel() == h.numel() and same_place(call.x, h))
+    return next((call.name for call in found), None)

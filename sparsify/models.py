@@ -105,26 +105,22 @@ def parse_dtype(name: str) -> "torch.dtype | str":
 
 
 def load_dense(
-    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+    spec: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False, **placed: Any
 ) -> PreTrainedModel:
     """Loads the model as a dense one in evaluation mode, a converted checkpoint too.
 
+    placed: from_pretrained's device_map, max_memory and offload_folder, in the place of a device.
     Raises SparsifyError for an unknown model, UnavailableError where the hub does not give it.
     """
     source = resolve_model(spec)
     wanted = parse_dtype(dtype)
     with hub_errors(spec, source), quiet():
         options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
-        config = AutoConfig.from_pretrained(source, **options)
-        if getattr(config, "quantization_config", None) is not None:
-            if config.quantization_config.get("quant_method") != "sparsify":
-                raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
-            # Added tensors are then unexpected ones, which transformers leaves out.
-            del config.quantization_config
+        config = dense_config(spec, trust_remote_code=trust_remote_code)
         if any((Path(source) / name).exists() for name in ("model.safetensors", INDEX)):
             check_index(Path(source))
         found: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=wanted, output_loading_info=True, **options
+            source, config=config, dtype=wanted, output_loading_info=True, **options, **placed
         )
     model, info = found
     if missing := sorted(info["missing_keys"]):
@@ -134,6 +130,21 @@ def load_dense(
         )
     loaded: PreTrainedModel = to_device(model, device).eval()
     return loaded
+
+
+def dense_config(spec: str, *, trust_remote_code: bool = False) -> Any:
+    """Returns the config of a model as a dense one. Raises SparsifyError for one that another tool quantised."""
+    source = resolve_model(spec)
+    with hub_errors(spec, source):
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=_only_cached(source)
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        if config.quantization_config.get("quant_method") != "sparsify":
+            raise SparsifyError(f"{spec} is quantised: sparsify works on models with floating-point weights")
+        # Added tensors are then unexpected ones, which transformers leaves out.
+        del config.quantization_config
+    return config
 
 
 def check_context(model: PreTrainedModel, tokens: int) -> None:

@@ -27,6 +27,7 @@ from sparsify.mlp_targets import cut_mlps, find_mlps
 from sparsify.neuron_budget import neuron_densities
 from sparsify.neuron_cut import Mlp, NeuronCut, NeuronCuts
 from sparsify.plugin import attach
+from sparsify.processes import WindowSums
 from sparsify.prompt_choice import squared_shares
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight
@@ -62,7 +63,7 @@ def convert_neurons(
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Converts the model in place and returns it. Raises SparsifyError as sparsify.conversion.convert does."""
-    _refuse_allocation(allocation, method)
+    refuse_allocation(allocation, method)
     cut = method.neuron_cut
     fits: list[NeuronFit] = []
     if method.sparsity > 0.0:
@@ -104,7 +105,8 @@ def plan_neurons(
     return [NeuronFit(mlp, densities[mlp.down]) for mlp in mlps]
 
 
-def _refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> None:
+def refuse_allocation(asked: Allocation | str | None, method: NeuronMethod) -> None:
+    """Raises SparsifyError for another allocation than uniform."""
     name = allocation_of(asked, method).name
     if name != "uniform":
         raise SparsifyError(
@@ -127,10 +129,12 @@ def _fit(
         for name, histogram in histograms.items()
     ]
     try:
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
+    for histogram in histograms.values():
+        histogram.add_up(calibration.processes)
     for fit in fits:
         histogram = histograms[fit.mlp.activation]
         if not histogram.finite:
@@ -146,18 +150,18 @@ def _compensate(
 ) -> None:
     """Sets c = W E[(1−m)⊙h], h the inputs of down, of every MLP: the mean over all tokens, on dense inputs."""
     by_down = {fit.mlp.down: fit for fit in fits}
-    sums: dict[str, Tensor] = {}
+    sums: WindowSums[str] = WindowSums(calibration.processes)
 
     def see(name: str, h: Tensor, activated: Tensor) -> None:
         h = h.reshape(-1, h.shape[-1])
         keep = keep_mask(activated.reshape(h.shape), torch.tensor(by_down[name].number, device=h.device))
-        dropped = torch.where(keep, 0.0, h.float()).sum(0, dtype=torch.float64)
-        sums[name] = sums[name] + dropped if name in sums else dropped
+        sums.add(name, torch.where(keep, 0.0, h.float()).sum(0, dtype=torch.float64))
 
     with _seen_neurons(model, fits, see):
-        run_batches(model, calibration.tokens, "compensate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "compensate", progress)
+    totals = sums.totals()
     for name, fit in by_down.items():
-        mean = (sums[name] / calibration.tokens.numel()).float()
+        mean = (totals[name] / calibration.tokens.numel()).float()
         fit.compensation = F.linear(mean, dense_weight(model.get_submodule(name)).detach().float())
 
 
@@ -194,6 +198,7 @@ def measure_neuron_errors(
     """
     by_down = {fit.mlp.down: fit for fit in fits}
     weights = {name: dense_weight(model.get_submodule(name)) for name in by_down}
+    sums: WindowSums[str] = WindowSums(calibration.processes)
 
     def see(name: str, x: Tensor, activated: Tensor) -> None:
         fit, number = by_down[name], torch.tensor(by_down[name].number, device=x.device)
@@ -210,12 +215,16 @@ def measure_neuron_errors(
             missing = missing - fit.compensation
         dropped = missing.square().sum(-1, dtype=torch.float64)
         size = F.linear(h.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
-        fit.tokens += len(h)
-        fit.error += float((dropped / size).sum())
+        error = (dropped / size).sum()
+        sums.add(name, torch.stack([error, error.new_tensor(len(h))]))
 
     step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
+    windows = calibration.processes.part(calibration.tokens[::step][:_ERROR_WINDOWS])
     with _seen_neurons(model, fits, see):
-        run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
+        run_batches(model, windows, "compare", progress)
+    for name, (error, tokens) in sums.totals().items():
+        by_down[name].error += float(error)
+        by_down[name].tokens += int(tokens)
 
 
 def _entries(shapes: Mapping[str, LinearShape], fits: list[NeuronFit], cut: NeuronCut) -> dict[str, LinearEntry]:

@@ -91,6 +91,26 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
             _check_shape(name, held.shape, known[name])
 
 
+def check_dense(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> None:
+    """Checks the tensors of a dense model's files, by their headers, against a skeleton of it.
+
+    Raises CheckpointError for one that is missing or misshapen; what the model does not have is left to the loading.
+    """
+    known = model.state_dict()
+    owners = {_full_name(name, known, model): held for name, held in _translated(stored, model).items()}
+    if not _merges(model):
+        _refuse_missing(model, [name for name in known if name not in owners])
+    for name, held in owners.items():
+        if name in known:
+            _check_shape(name, held.shape, known[name])
+
+
+def _full_name(name: str, known: Mapping[str, torch.Tensor], model: PreTrainedModel) -> str:
+    # Some checkpoints, as GPT-2's, are of the model without its head, whose names lack the prefix.
+    full = f"{model.base_model_prefix}.{name}"
+    return full if name not in known and full in known else name
+
+
 def check_loaded(model: PreTrainedModel) -> None:
     """Raises CheckpointError for a tensor that from_pretrained did not find and initialised at random."""
     tensors = model.state_dict(keep_vars=True)

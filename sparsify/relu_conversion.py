@@ -20,12 +20,14 @@ from sparsify.channel_conversion import Channels, choose_channels, swap_channels
 from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch, make_sparse
+from sparsify.methods import options_of
 from sparsify.methods.relu import Relu
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.mlp_targets import find_mlps
 from sparsify.neuron_conversion import NeuronFit, measure_neuron_errors, neuron_entries
 from sparsify.neuron_cut import Mlp, NeuronCuts
 from sparsify.plugin import attach
+from sparsify.processes import Processes
 from sparsify.relu_layer import is_relu
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets
@@ -47,7 +49,7 @@ def convert_relu(
     settled = {name for mlp in mlps for name in mlp.shares("relu")}
     others = {name: shape for name, shape in shapes.items() if name not in settled}
     rest = method.rest
-    _refuse_without_rest(rest is None, allocation, rotate)
+    refuse_without_rest(rest is None, allocation, rotate)
     shares = active_shares(model, mlps, method.cut, calibration, progress)
     fits = [NeuronFit(mlp, shares[mlp.down], method.cut) for mlp in mlps]
     if method.cut > 0.0:
@@ -65,7 +67,7 @@ def convert_relu(
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=asdict(method) | {"others": None if rest is None else asdict(rest)},
+        method_config=asdict(method) | {"others": None if rest is None else options_of(rest)},
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=[*targets.left_dense, *_in_full(untouched)],
@@ -101,7 +103,8 @@ def find_relu_mlps(model: PreTrainedModel, method: Relu, targets: Targets, token
     return found
 
 
-def _refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
+def refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
+    """Raises SparsifyError for what only another method's linears could take, where there is none."""
     name = getattr(allocation, "name", allocation)
     if alone and (name not in (None, "uniform") or rotate):
         option = "rotate" if rotate else f"allocation {name}"
@@ -115,27 +118,28 @@ def active_shares(
     counters = {mlp.activation: _ActiveCount(cut, model.device) for mlp in mlps}
     handles = [model.get_submodule(name).register_forward_hook(counter.see) for name, counter in counters.items()]
     try:
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
-    return {mlp.down: counters[mlp.activation].share for mlp in mlps}
+    return {mlp.down: counters[mlp.activation].share(calibration.processes) for mlp in mlps}
 
 
 class _ActiveCount:
     """A forward hook that counts the outputs of an activation that are above a cut."""
 
     def __init__(self, cut: float, device: torch.device) -> None:
-        self._cut, self._seen = cut, 0
-        self._active = torch.zeros((), dtype=torch.int64, device=device)
+        self._cut = cut
+        # Above the cut, and all.
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def see(self, module: nn.Module, args: object, y: Tensor) -> None:
-        self._active += (~(y.float() <= self._cut)).sum()
-        self._seen += y.numel()
+        self._counts[0] += (~(y.float() <= self._cut)).sum()
+        self._counts[1] += y.numel()
 
-    @property
-    def share(self) -> float:
-        return float(self._active) / self._seen
+    def share(self, processes: Processes) -> float:
+        active, seen = processes.total(self._counts).tolist()
+        return int(active) / int(seen)
 
 
 def _swap(

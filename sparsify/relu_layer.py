@@ -48,7 +48,8 @@ class ReluUpLinear(SparseLinear):
 
     def bind(self, name: str | None = None) -> None:
         """Chooses the backend as every layer; the weight stays in rows, whatever that one wants."""
-        self.backend = select_backend(self.weight.device, self.weight.dtype, self.sparse_in, self.sparse_out, name=name)
+        outputs, inputs = self.weight.shape
+        self.backend = select_backend(self.weight.device, self.weight.dtype, inputs, outputs, name=name)
         self.backend_name = name
         if not self.weight.is_meta and not self.weight.is_contiguous():
             self.weight.data = self.weight.data.contiguous()
@@ -61,6 +62,10 @@ class ReluUpLinear(SparseLinear):
         """Returns the rows that a token x [..., I] needs, bool [..., F]."""
         g: Tensor = self.gate[0].forward(x)
         return ~(g.float() <= self.threshold)
+
+    def splits(self, by: str) -> bool:
+        """By outputs, which are its neurons."""
+        return by == "outputs"
 
     def threshold_problem(self, value: float) -> str | None:
         return None if value >= 0.0 else f"holds the cut {value:g} of a ReLU, it must be at least 0"

@@ -41,10 +41,7 @@ def rotate(model: PreTrainedModel, calibration: Calibration, *, progress: Progre
     """
     if any(isinstance(module, SparseLayer) for module in model.modules()):
         raise SparsifyError("this model is converted already: rotate the dense model, then convert it")
-    if (reason := rotation_problem(model)) is not None:
-        raise SparsifyError(
-            f"this model cannot be rotated as a whole, {reason}: use larosa with rotation='layer', or convert without"
-        )
+    refuse_unrotatable(model)
     stream = residual_stream(model)
     norms = {readers.name: readers.norm for readers in stream.readers}
     attentions = {heads.name: heads for heads in stream.attentions}
@@ -59,6 +56,14 @@ def rotate(model: PreTrainedModel, calibration: Calibration, *, progress: Progre
     basis = centred_eigenbasis if stream.is_centred else eigenbasis
     turn(model, stream, basis(moments[_STREAM]), [eigenbasis(moments[name]) for name in attentions])
     return model
+
+
+def refuse_unrotatable(model: PreTrainedModel) -> None:
+    """Raises SparsifyError where `rotate` cannot turn the model."""
+    if (reason := rotation_problem(model)) is not None:
+        raise SparsifyError(
+            f"this model cannot be rotated as a whole, {reason}: use larosa with rotation='layer', or convert without"
+        )
 
 
 def rotation_problem(model: PreTrainedModel) -> str | None:

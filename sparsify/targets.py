@@ -8,7 +8,6 @@ Embeddings, norms, the head, routers and 3-D expert weights stay dense; what was
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from sparsify.budget import LinearShape
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
 from sparsify.linear import is_linear
+from sparsify.short_forward import is_expert_weight, run_short, same_place
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Targets:
 
 
 def find_targets(model: PreTrainedModel, tokens: Tensor) -> Targets:
-    """Runs one short forward on tokens [1, S] and returns the sites of the model.
+    """Runs one short forward on tokens [1, S] and returns the sites of the model, which may be on the meta device.
 
     Raises SparsifyError where the model has no decoder blocks or no linears in them.
     """
@@ -95,11 +95,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
-def is_expert_weight(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether the parameter holds the matrices of all experts [E, O, I]; a convolution's weight is 3-D as well."""
-    return parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
-
-
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Returns the module name of the list of decoder blocks, and the list."""
     lists = [
@@ -131,8 +126,8 @@ def _is_router(model: PreTrainedModel, linear: nn.Module) -> bool:
 def _record_inputs(model: PreTrainedModel, linears: dict[str, nn.Module], tokens: Tensor) -> list[tuple[str, Tensor]]:
     """Returns (name, input) of every linear that a forward calls, in call order; a second call is not listed."""
     calls: dict[str, Tensor] = {}
-    with hooked(linears, calls.setdefault), torch.inference_mode():
-        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    with hooked(linears, calls.setdefault):
+        run_short(model, tokens)
     return list(calls.items())
 
 
@@ -141,7 +136,7 @@ def _group(called: list[tuple[str, Tensor]], linears: dict[str, nn.Module]) -> l
     for name, x in called:
         for known, names in groups:
             # All inputs are alive here, so the same storage means the same tensor, viewed or not.
-            if known is x or (known.numel() == x.numel() and known.data_ptr() == x.data_ptr() != 0):
+            if known.numel() == x.numel() and same_place(known, x):
                 names.append(name)
                 break
         else:

@@ -4,7 +4,7 @@ Nothing is copied but low-rank factors. `calibrating` sets thresholds from dense
 `running` runs the candidates with them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,17 +18,18 @@ from sparsify.budget import Candidate
 from sparsify.calibration import ScoreHistogram, hooked
 from sparsify.kernels.reference import scores, sparse_linear
 from sparsify.kernels.spec import SparseTensors
-from sparsify.low_rank import LowRank, low_rank
+from sparsify.low_rank import LowRank, Svd, low_rank
 from sparsify.targets import dense_weight
 
 
 @dataclass
 class TargetLinear:
-    """A linear that will become sparse, and what its candidates share."""
+    """A linear that will become sparse, and what its candidates share; svd says how its weight is decomposed."""
 
     module: nn.Module
     site: int
     column_norm: Tensor
+    svd: Svd = "auto"
     spectrum: LowRank | None = None
 
     @property
@@ -41,8 +42,12 @@ class TargetLinear:
         if not rank:
             return None, None
         if self.spectrum is None or self.spectrum.lr_a.shape[0] < rank:
-            self.spectrum = low_rank(self.weight, rank)
+            self.spectrum = low_rank(self.weight, rank, self.svd)
         return self.spectrum.truncated(rank)
+
+    def decompose(self, candidates: Iterable[Candidate]) -> None:
+        """Makes the factors of the largest rank at once, of which those of smaller ranks are parts."""
+        self.factors(max(candidate.rank for candidate in candidates))
 
     def residual(self, rank: int) -> Tensor:
         """Returns R = W − lr_b·lr_a [O, I] in fp32: dropping channel j costs |x_j|·‖R[:, j]‖."""
@@ -234,6 +239,7 @@ def least_output_error(linear: TargetLinear, options: tuple[Candidate, ...], x: 
     """Returns the option with the least mean of ‖ŷ − y‖²/‖y‖² over inputs x [T, I], each at its threshold there."""
     if len(options) == 1:
         return options[0]
+    linear.decompose(options)
     outputs = (x.float() @ linear.weight.float().t()).square().sum(-1).clamp_min(1e-30)
 
     def error(option: Candidate) -> float:

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsify
 from sparsify.linear import SparseConv1D
+from sparsify.mlp_targets import find_mlps
 from sparsify.runtime import sparse_layers
+from sparsify.targets import find_targets, linear_shapes
 
 VOCABULARY = 128
 BASE = {
@@ -180,6 +182,17 @@ def test_sites_are_found_by_structure_and_sparsity_zero_is_dense(dense: Dense) -
     ledger = sparsify.ledger_of(model)
     assert ledger.touched_bytes == ledger.dense_bytes
     assert ledger.weighted_sparsity == 0.0
+
+
+def test_a_model_without_weights_has_the_same_sites_and_mlps(dense: Dense) -> None:
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(dense.model.config)).eval()
+    tokens = dense.batch["input_ids"][:1]
+    targets = find_targets(dense.model, tokens)
+    assert find_targets(empty, tokens) == targets
+    assert linear_shapes(empty, targets) == linear_shapes(dense.model, targets)
+    assert find_mlps(empty, targets, tokens) == find_mlps(dense.model, targets, tokens)
+    assert not any("forward" in vars(module) for module in empty.modules())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 from transformers import PreTrainedModel
 
@@ -20,6 +20,39 @@ from sparsify.methods import AnyMethod, Method
 from sparsify.trial import TargetLinear
 
 Choices = dict[str, tuple[Candidate, ...]]
+Needs = Literal["shapes", "block", "model"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the cost of an allocation depends on: linears and blocks of the model, linears with several candidates, the
+    most candidates of one, calibration windows, and the sparsity that is asked for."""
+
+    linears: int
+    blocks: int
+    chosen: int
+    candidates: int
+    windows: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cost of choices, in forwards of one calibration window through the whole model.
+
+    forwards: without the head; heads: of these, the ones that go on to logits, forward or backward; products: with
+    weights in fp32, as errors by R = W − L are measured; counted: of the scores of every linear; decompositions: of
+    each linear that has ranks, its largest; batch: windows at once; sampled: errors of a linear's candidate that are
+    measured on 512 of a batch's tokens and 256 gradients.
+    """
+
+    forwards: float = 0.0
+    heads: float = 0.0
+    products: float = 0.0
+    counted: float = 0.0
+    decompositions: float = 0.0
+    batch: int = 1
+    sampled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +93,17 @@ class Allocation(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def needs(self) -> Needs:
+        """What `choices` looks at: the linears' shapes alone, one block after the other, or the whole model at once."""
+        ...
+
     def choices(self, problem: Problem) -> Choices:
         """Returns each linear's candidates, the preferred of equals first; any choice of one each meets the budget."""
+        ...
+
+    def work(self, size: "Size") -> "Work":
+        """Returns what `choices` costs for a model of that size."""
         ...
 
 

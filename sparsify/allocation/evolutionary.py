@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sparsify import __version__
-from sparsify.allocation import Choices, Problem, refuse_recipe, refuse_token_cuts
+from sparsify.allocation import Choices, Needs, Problem, Size, Work, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, fill_budget
 from sparsify.calibration import ScoreHistogram, hooked
 from sparsify.errors import SparsifyError, suggest
 from sparsify.fingerprint import weights_sha256
+from sparsify.methods import options_of
 from sparsify.search_state import SearchState, check_state_file, read_state, write_state
 from sparsify.trial import Trial, dense_log_probabilities, evaluating, kl_divergence, least_output_error
 
@@ -82,6 +83,10 @@ class Evolutionary:
     def name(self) -> str:
         return "evolutionary"
 
+    @property
+    def needs(self) -> Needs:
+        return "model"
+
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
         refuse_token_cuts(self.name, problem)
@@ -90,6 +95,19 @@ class Evolutionary:
         with evaluating(problem.model), torch.inference_mode():
             best = _Search(self, problem).run()
         return {name: (candidate,) for name, candidate in best.items()}
+
+    def work(self, size: Size) -> Work:
+        """A sparse forward on the search's windows for each individual; residual norms, counted anew, are more."""
+        if size.sparsity == 0.0:
+            return Work()
+        runs = float(self.windows * self.evaluations(size.linears))
+        return Work(
+            forwards=runs + self.windows,
+            heads=runs + self.windows,
+            products=float(1 + size.candidates) if size.chosen else 0.0,
+            counted=2.0 * self.windows,
+            decompositions=2.0 if size.chosen else 0.0,
+        )
 
     def evaluations(self, linears: int) -> int:
         """Returns how many individuals are measured for a model with this many linears."""
@@ -291,7 +309,7 @@ class _Search:
             "model": weights_sha256(self.problem.model),
             "calibration": self.problem.calibration.fingerprint["sha256"],
             "method": self.problem.method.name,
-            **{f"method.{name}": value for name, value in asdict(self.problem.method).items()},
+            **{f"method.{name}": value for name, value in options_of(self.problem.method).items()},
             **settings,
             "sparsify_version": __version__,
         }

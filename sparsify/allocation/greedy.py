@@ -9,6 +9,7 @@ linears' own (which makes them right for grouped queries), the text is the calib
 the last step is as small as the budget needs. Not covered: a budget that moves between blocks.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
+from sparsify.allocation import Choices, Needs, Problem, Size, Work, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import check_share
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
@@ -50,6 +51,10 @@ class Greedy:
     def name(self) -> str:
         return "greedy"
 
+    @property
+    def needs(self) -> Needs:
+        return "block"
+
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
         refuse_token_cuts(self.name, problem)
@@ -69,6 +74,18 @@ class Greedy:
                     choices |= {name: problem.offers(name, 1.0 - s) for name, s in sparsities.items()}
                 problem.report("allocate", index + 1, len(blocks))
         return {name: choices[name] for name in problem.shapes}
+
+    def work(self, size: Size) -> Work:
+        """A forward of the model for each block, to record it, and one of the block for each linear and step."""
+        steps = math.ceil(size.sparsity / self.step)
+        tried = steps * size.linears / max(size.blocks, 1)
+        return Work(
+            forwards=self.windows * (size.blocks + tried),
+            products=float(self.windows * (1 + size.candidates)) if size.chosen else 0.0,
+            counted=self.windows * 2.0 * tried,
+            decompositions=1.0 if size.chosen else 0.0,
+            batch=self.windows,
+        )
 
 
 class _Block:

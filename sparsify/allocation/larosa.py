@@ -8,7 +8,7 @@ one, and the others pay for it.
 
 from dataclasses import dataclass
 
-from sparsify.allocation import Choices, Problem, refuse_recipe
+from sparsify.allocation import Choices, Needs, Problem, Size, Work, refuse_recipe
 from sparsify.budget import LinearShape
 from sparsify.errors import SparsifyError
 
@@ -27,6 +27,10 @@ class LarosaSplit:
     @property
     def name(self) -> str:
         return "larosa"
+
+    @property
+    def needs(self) -> Needs:
+        return "shapes"
 
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
@@ -53,6 +57,9 @@ class LarosaSplit:
             p = (low + high) / 2
             low, high = (p, high) if spent(p) > budget else (low, p)
         return {name: problem.offers(name, share) for name, share in shares(high).items()}
+
+    def work(self, size: Size) -> Work:
+        return Work()
 
 
 def _overhead(problem: Problem, name: str) -> float:

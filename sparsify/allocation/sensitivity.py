@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.allocation import Choices, Problem, nearest, refuse_recipe, refuse_token_cuts
+from sparsify.allocation import Choices, Needs, Problem, Size, Work, nearest, refuse_recipe, refuse_token_cuts
 from sparsify.budget import Candidate, fill_budget
 from sparsify.calibration import ShuffledWindows
 from sparsify.errors import SparsifyError
@@ -55,6 +55,10 @@ class Sensitivity:
     def name(self) -> str:
         return "sensitivity"
 
+    @property
+    def needs(self) -> Needs:
+        return "model"
+
     def choices(self, problem: Problem) -> Choices:
         refuse_recipe(self.name, problem)
         refuse_token_cuts(self.name, problem)
@@ -80,6 +84,25 @@ class Sensitivity:
                 search.choose()
         problem.report("allocate", total, total)
         return {name: (candidate,) for name, candidate in search.candidates().items()}
+
+    def work(self, size: Size) -> Work:
+        """Each measurement is a dense forward, a sparse one and a backward, and the products with R."""
+        if size.sparsity == 0.0:
+            return Work()
+        chosen = 3 if self.steps > 1 else 2
+        kinds = chosen if size.chosen else 0
+        windows = (self.steps + kinds) * self.batch
+        # Of a candidate's 256 rows and 512 inputs, as parts of a window's tokens, whatever their number.
+        offered = kinds * size.candidates
+        return Work(
+            forwards=3.0 * windows,
+            heads=3.0 * windows,
+            products=float(self.steps * self.batch),
+            counted=2.0 * windows,
+            decompositions=2.0 if size.chosen else 0.0,
+            batch=self.batch,
+            sampled=float(offered),
+        )
 
 
 @dataclass
@@ -117,6 +140,8 @@ class _Search:
         offers = {name: self.problem.offers(name, self.shares[name]) for name in self.shares}
         if all(len(options) == 1 for options in offers.values()):
             return
+        for name, options in offers.items():
+            self.problem.linears[name].decompose(options)
         errors = {name: [0.0] * len(options) for name, options in offers.items()}
 
         def observe(name: str, call: Call) -> Callable[[Tensor], None]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparsify.allocation import Choices, Problem
+from sparsify.allocation import Choices, Needs, Problem, Size, Work
 
 SUMMARY = "the same share of bytes for every linear"
 PAPER = "the default of arXiv 2408.14690, 2504.19449 and 2505.19427"
@@ -16,8 +16,15 @@ class Uniform:
     def name(self) -> str:
         return "uniform"
 
+    @property
+    def needs(self) -> Needs:
+        return "shapes"
+
     def choices(self, problem: Problem) -> Choices:
         return {name: problem.method.candidates(name, shape) for name, shape in problem.shapes.items()}
+
+    def work(self, size: Size) -> Work:
+        return Work()
 
 
 ALLOCATION = Uniform

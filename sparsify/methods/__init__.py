@@ -8,7 +8,7 @@ A module with METHOD, SUMMARY, PAPER and FACTS is one.
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -52,6 +52,11 @@ class NeuronMethod(Protocol):
 
 
 AnyMethod = Method | NeuronMethod
+
+
+def options_of(method: AnyMethod) -> dict[str, Any]:
+    """Returns the values of a method's fields by name; not svd where it is auto, which an older sparsify refuses."""
+    return {name: value for name, value in asdict(method).items() if (name, value) != ("svd", "auto")}
 
 
 @dataclass(frozen=True)

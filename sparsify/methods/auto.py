@@ -1,4 +1,4 @@
-"""The default: what measured best, with no knobs. Not a method of a paper, but a choice among those that are here.
+"""The default: what measured best. Not a method of a paper, but a choice among those that are here.
 
 The model is rotated where it can be (sparsify.rotation). Each linear's score (magnitude, column norm, residual norm),
 its rank and its share of the bytes are chosen together by the allocation `sensitivity`, on calibration text, in the
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from sparsify.budget import Candidate, LinearShape, check_share
+from sparsify.low_rank import check_svd
 from sparsify.methods.rsparse import FACTS as RSPARSE_FACTS
 from sparsify.methods.rsparse import RSparse
 
@@ -21,12 +22,17 @@ FACTS = replace(RSPARSE_FACTS, rule="fixed threshold; a low-rank product for wha
 
 @dataclass(frozen=True)
 class Auto:
-    """auto at one sparsity (share of all linears' weight bytes that a token does not touch)."""
+    """auto at one sparsity (share of all linears' weight bytes that a token does not touch).
+
+    svd: how low-rank factors are computed, "exact", "randomised", or "auto" (docs/plan.md).
+    """
 
     sparsity: float
+    svd: str = "auto"
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
+        check_svd(self.svd)
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from sparsify.budget import Candidate, LinearShape, Score, check_flag, check_share, split_budget
 from sparsify.errors import SparsifyError, suggest
+from sparsify.low_rank import check_svd
 from sparsify.methods import Facts
 from sparsify.strict import read_json, read_yaml
 
@@ -54,10 +55,12 @@ class RSparse:
     score: str = "column-norm"
     recipe: Recipe | str | None = None
     compensate: bool = False
+    svd: str = "auto"
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity, one_allowed=False)
         check_flag("compensate", self.compensate)
+        check_svd(self.svd)
         if self.rho != "auto":
             if isinstance(self.rho, str):
                 raise SparsifyError(f"rho is {self.rho!r}: it must be a number in [0, 1] or 'auto'")
