@@ -78,9 +78,8 @@ def is_main_process() -> bool:
 
 
 def _folders(settings: "FinetuneSettings") -> tuple[Path, Path | None, Path]:
-    out = check_out(settings.out, needed=True)
-    assert out is not None
-    sparse_out = check_out(settings.sparse_out, needed=False)
+    out = check_out(settings.out)
+    sparse_out = None if settings.sparse_out is None else check_out(settings.sparse_out)
     if sparse_out is not None and sparse_out.absolute() == out.absolute():
         raise SparsifyError(f"--sparse-out and --out are both {out}: the sparse checkpoint needs a folder of its own")
     if sparse_out is not None and settings.method == "dense":
