@@ -13,6 +13,7 @@ from sparsify.cli.loading import DeviceOption, TrustOption, pick_device
 from sparsify.cli.output import Format, FormatOption, Output, make_table
 from sparsify.cli.progress import Progress
 from sparsify.errors import SparsifyError
+from sparsify.launch import launched_index
 
 if TYPE_CHECKING:
     from sparsify.evals.cells import Cell
@@ -122,7 +123,7 @@ def compare(
         plan = base.updated({name: value for name, value in given.items() if value is not None}, source="flags")
         cells = _cells(plan, out, device, trust_remote_code, progress)
         found = sections(cells)
-        written = _write(out, cells, plot=plot)
+        written = _write(out, cells, plot=plot) if launched_index() == 0 else []
     result = {"out": str(out), "written": written, "sections": [_summary(section) for section in found]}
     output.emit(result, lambda console: _render(console, result))
 
@@ -158,6 +159,7 @@ def _cells(plan: "Recipe", out: Path, device: str | None, trust: bool, progress:
     from sparsify.evals.compare import run
     from sparsify.evals.compare_subject import Subject
     from sparsify.models import resolve_model
+    from sparsify.processes import launched
     from sparsify.text import default_evaluation_text
 
     if plan.model is None:
@@ -173,10 +175,12 @@ def _cells(plan: "Recipe", out: Path, device: str | None, trust: bool, progress:
         progress.note(why)
         text = default.name
     progress.note(f"loading {plan.model}")
+    place = pick_device(device)
     return run(
         [Subject(plan.model, plan.calibration, text)],
         out=out, methods=plan.methods, sparsities=plan.sparsities, protocols=plan.protocols, seeds=plan.seeds,
-        settings=plan.settings(device=pick_device(device), trust_remote_code=trust), note=progress.note,
+        settings=plan.settings(device=place, trust_remote_code=trust), note=progress.note,
+        processes=launched(cpu=place.startswith("cpu")),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from sparsify.cli.loading import (
 )
 from sparsify.cli.measurement import measure
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, byte_count, make_table, percent
+from sparsify.cli.placement import DeviceMapOption, MaxMemoryOption, OffloadFolderOption, Placement
 from sparsify.cli.progress import Progress
 from sparsify.errors import SparsifyError
 
@@ -81,6 +82,9 @@ def evaluate(
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemoryOption = None,
+    offload_folder: OffloadFolderOption = None,
     backend: BackendOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
@@ -94,15 +98,17 @@ def evaluate(
     [dim]$[/] sparsify eval reference-50
     [dim]$[/] sparsify eval reference-50 --text notes.txt --protocol decode --seq-len 512
     [dim]$[/] sparsify eval reference-50 --tasks hellaswag,piqa --limit 200 --save tasks.json
+    [dim]$[/] sparsify eval llama-3-70b-50 --device-map auto --max-memory 0=70GiB,cpu=200GiB
     """
     output = Output(format, save)
+    placement = Placement(device, device_map, max_memory, offload_folder)
     flags = TaskFlags(num_fewshot, include_path, task_data, log_samples)
     if tasks is not None:
         _refuse("--tasks does not take", {"--text": text, "--seq-len": seq_len, "--stride": stride})
         return evaluate_tasks(
             models, [name.strip() for name in tasks.split(",")], flags, output,
             only_dense=dense, protocol=protocol, limit=limit, batch_size=batch_size,
-            dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code,
+            dtype=dtype, placement=placement, backend=backend, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     _refuse("perplexity does not take", flags.given())
     with output.working(), Progress() as progress:
@@ -116,7 +122,7 @@ def evaluate(
         results = []
         for spec in models:
             loaded = load(
-                spec, progress, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
+                spec, progress, dtype=dtype, placement=placement, backend=backend, trust_remote_code=trust_remote_code
             )
             windows = _windows(loaded, source, seq_len, stride, limit)
             measured = measure(

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from sparsify.cli.loading import load
 from sparsify.cli.output import Output, make_table, percent
+from sparsify.cli.placement import Placement
 from sparsify.cli.progress import Progress
 
 
@@ -39,7 +40,7 @@ def evaluate_tasks(
     limit: int | None,
     batch_size: int,
     dtype: str,
-    device: str | None,
+    placement: Placement,
     backend: str | None,
     trust_remote_code: bool,
 ) -> None:
@@ -62,8 +63,9 @@ def evaluate_tasks(
         ) as tasks:
             for spec in models:
                 loaded = load(
-                    spec, progress, dtype=dtype, device=device, backend=backend, trust_remote_code=trust_remote_code
-                )
+                    spec, progress, dtype=dtype, placement=placement, backend=backend,
+                    trust_remote_code=trust_remote_code,
+                )  # fmt: skip
                 stage = partial(_report, progress, Path(spec).name)
                 measured = run_tasks(
                     loaded.model, loaded.tokenizer, tasks,
@@ -86,6 +88,8 @@ def _render(console: Console, result: dict[str, Any]) -> None:
 
     for entry in result["models"]:
         table = make_table(escape(entry["model"]), "task", "metric", "dense", "sparse", "recovery", "n", left=2)
+        # Names of tasks are long: room for them in 80 columns.
+        table.padding = (0, 1, 0, 0)
         table.columns[1].no_wrap = True
         last = None
         for score in entry["scores"]:

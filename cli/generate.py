@@ -16,6 +16,7 @@ from sparsify.cli.loading import (
     load,
 )
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, visible
+from sparsify.cli.placement import DeviceMapOption, MaxMemoryOption, OffloadFolderOption, Placement
 from sparsify.cli.progress import Progress
 
 
@@ -34,6 +35,9 @@ def generate(
     prefill: PrefillOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemoryOption = None,
+    offload_folder: OffloadFolderOption = None,
     backend: BackendOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
@@ -47,11 +51,12 @@ def generate(
     [dim]$[/] sparsify generate reference-50 --prompt "def mean(values):"
     """
     output = Output(format, save)
+    placement = Placement(device, device_map, max_memory, offload_folder)
     with output.working(), Progress() as progress:
         from sparsify.evals.generation import side_by_side
 
         loaded = load(
-            model, progress, dtype=dtype, device=device, backend=backend, prefill=prefill,
+            model, progress, dtype=dtype, placement=placement, backend=backend, prefill=prefill,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         progress.note(f"writing {max_new_tokens} tokens")

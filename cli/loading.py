@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from sparsify.cli.placement import Placement
 from sparsify.cli.progress import Progress
 from sparsify.cli.settings import ConvertSettings
 from sparsify.errors import SparsifyError, UnavailableError, suggest
@@ -52,14 +53,17 @@ def load(
     backend: str | None = None,
     prefill: str | None = None,
     trust_remote_code: bool = False,
+    placement: Placement | None = None,
 ) -> Loaded:
-    """Loads a converted checkpoint sparse and any other model dense.
+    """Loads a converted checkpoint sparse and any other model dense; placement: in the place of a device.
 
     Raises SparsifyError for what cannot be loaded, and for a backend or prefill that a dense model cannot have.
     """
     from sparsify import checkpoint, models
 
-    device = pick_device(device)
+    placement = placement or Placement(device)
+    placed = placement.options()
+    place = None if placed else pick_device(placement.device)
     source = _local_checkpoint(spec)
     if source is None:
         for name, value in (("--backend", backend), ("--prefill", prefill)):
@@ -68,14 +72,16 @@ def load(
     progress.note(f"loading {spec}")
     if source is None:
         tokenizer = models.load_tokenizer(spec, trust_remote_code=trust_remote_code)
-        model = models.load_dense(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model = models.load_dense(spec, dtype=dtype, device=place, trust_remote_code=trust_remote_code, **placed)
     else:
         checkpoint.check_before_loading(source)
         with checkpoint.as_checkpoint_errors():
             tokenizer = models.load_tokenizer(source, trust_remote_code=trust_remote_code)
         model = checkpoint.load(
-            source, dtype=dtype, device=device, prefill=prefill, backend=backend, trust_remote_code=trust_remote_code
-        )
+            source, dtype=dtype, device=place, prefill=prefill, backend=backend, trust_remote_code=trust_remote_code,
+            **placed,
+        )  # fmt: skip
+    placement.check(model)
     return Loaded(spec, model, tokenizer, source is not None)
 
 

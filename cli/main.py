@@ -19,10 +19,13 @@ from typer.core import TyperGroup
 import sparsify.cli
 from sparsify.cli.output import print_error
 from sparsify.errors import SparsifyError
+from sparsify.launch import launched_count
 
 # Click's base of all errors of a mistyped command line: BadParameter, UsageError, ClickException. Typer brings click
 # along under names that changed with its versions, and re-exports only the first.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+# The commands that several processes run together, and the one that runs another tool in each.
+_TOGETHER = ("convert", "sweep", "compare", "exec")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -80,6 +83,7 @@ def _report(error: BaseException) -> int:
 
 
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
 ) -> None:
     """Make a language model use only the weights that matter for each token, and measure what that costs.
@@ -92,6 +96,11 @@ def _root(
     if version:
         typer.echo(f"sparsify {_version()}")
         raise typer.Exit
+    if launched_count() > 1 and (command := context.invoked_subcommand) not in (None, *_TOGETHER):
+        raise SparsifyError(
+            f"sparsify {command} runs in one process, and a launcher has started {launched_count()}: start it without; "
+            f"{', '.join(_TOGETHER[:-1])} take several"
+        )
     # Libraries log to stderr; what they have to say below an error would drown the few lines that matter.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():

@@ -9,6 +9,24 @@ from rich.padding import Padding
 from rich.text import Text
 
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption
+from sparsify.cli.ppl_p_conversion import PPL_P
+from sparsify.cli.relufy_conversion import RELUFY
+
+# What --method takes beside the methods of sparsify.methods: ways to get to one of them.
+_WAYS = (
+    {
+        "name": f"{RELUFY}, {RELUFY}+METHOD",
+        "summary": "A kind of ReLU in the place of the model's activation, MLPs fitted with --reconstruct; then relu",
+        "paper": "ReLU Strikes Back, Mirzadeh et al. 2023, arXiv 2310.04564",
+        "options": ["activation", "after-norms", "reconstruct", "plain", "cut", "cett", "zeros"],
+    },
+    {
+        "name": PPL_P,
+        "summary": "MLP neurons below a threshold of each layer, as many as a rise of perplexity allows",
+        "paper": "Sparsing Law, Luo et al. 2024, arXiv 2411.02335",
+        "options": ["max-ppl-increase"],
+    },
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +54,8 @@ def methods(format: FormatOption = Format.human, save: SaveOption = None) -> Non
                 "options": list(info.options),
             }
             for info in found.values()
-        ]
+        ],
+        "ways": list(_WAYS),
     }
     output.emit(result, lambda console: _render(console, result))
 
@@ -53,5 +72,14 @@ def _render(console: Console, result: dict[str, Any]) -> None:
             f"Kernels: {', '.join(method['kernels'])}",
             f"Options: {options}",
         )
-        for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 2)))
+        _print(console, *lines)
+    console.print("Ways to a method, which --method takes, too:")
+    for way in result["ways"]:
+        console.print(f"[bold]{way['name']}[/]")
+        options = ", ".join(f"--{name}" for name in way["options"])
+        _print(console, way["summary"], f"Paper: {way['paper']}", f"Options: {options}")
+
+
+def _print(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(Padding(Text(line), (0, 0, 0, 2)))

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.errors import SparsifyError
+from sparsify.launch import launched_index
 from sparsify.whole_file import write_whole
 
 
@@ -56,7 +57,9 @@ class Output:
             yield
 
     def emit(self, result: Mapping[str, Any], render: Callable[[Console], None]) -> None:
-        """Writes the result: the file of --save, and stdout as JSON or by render."""
+        """Writes the result: the file of --save, and stdout as JSON or by render; of several processes the first's."""
+        if launched_index() > 0:
+            return
         text = json.dumps(result, indent=2, default=_jsonable, ensure_ascii=False, allow_nan=True)
         if self.save is not None:
             write_whole(self.save, text + "\n")
@@ -73,7 +76,9 @@ def visible(text: str) -> str:
 
 def print_error(message: str) -> None:
     """Prints one line on stderr, `error: ...`, red on a terminal."""
-    line = Text("error: ", style="bold red").append(visible(" ".join(message.split())), style="red")
+    process = launched_index()
+    start = f"error in process {process}: " if process else "error: "
+    line = Text(start, style="bold red").append(visible(" ".join(message.split())), style="red")
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from sparsify.cli.output import seconds
+from sparsify.launch import launched_index
 
 Callback = Callable[[int, int], None]
 _SECONDS_BETWEEN_LINES = 5.0
@@ -23,8 +24,10 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream or sys.stderr
+        # Of several processes the first says how far they are: all have as much to do.
+        self._silent = launched_index() > 0
         self._clock = clock
-        self._bars = _bars(self._stream) if self._stream.isatty() else None
+        self._bars = _bars(self._stream) if self._stream.isatty() and not self._silent else None
         self._tasks: dict[str, TaskID] = {}
         # Of the last call of any kind: what the next stage's first step is measured from.
         self._last = clock()
@@ -76,6 +79,8 @@ class Progress:
             self._due[stage] = now + _SECONDS_BETWEEN_LINES
 
     def _line(self, message: str) -> None:
+        if self._silent:
+            return
         self._stream.write(f"{datetime.now().strftime('%H:%M:%S')} {message}\n")
         self._stream.flush()
 

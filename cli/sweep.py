@@ -61,6 +61,7 @@ def sweep(
 
     [dim]$[/] sparsify sweep reference --method auto --sparsities 0.3..0.8 --out sweep
     [dim]$[/] sparsify sweep reference --method teal --max-ppl-increase 1% --out sweep
+    [dim]$[/] accelerate launch --num_processes 4 -m sparsify.cli.main sweep llama-3-8b --out sweep
     """
     output = Output(format, save)
     with output.working(), Progress() as progress:
@@ -70,11 +71,18 @@ def sweep(
         from sparsify.evals.sweep import sweep as swept
         from sparsify.hold_out import HELD_OUT, REST
         from sparsify.models import load_dense
+        from sparsify.processes import launched
 
         wanted = parse_sparsities(sparsities)
         parse_method(method, 0.5)
         parse_allocation(method)
         limit_of_rise = None if max_ppl_increase is None else check_increase(max_ppl_increase)
+        processes = launched(cpu=True)
+        if processes.count > 1 and cost_table is not None and not cost_table.exists():
+            raise SparsifyError(
+                f"--cost-table {cost_table} does not exist, and several processes would disturb each other's timings: "
+                "measure it with one process first"
+            )
         _check_out(out, plot=plot)
         own = calibration + REST if text is None else calibration
         subject = Subject(model, own, calibration + HELD_OUT if text is None else text)
@@ -87,9 +95,10 @@ def sweep(
         progress.note(f"measuring {len(wanted)} points; those in {out} are not measured again")
         frontier = swept(
             subject, method, wanted, out=out, settings=settings, model=dense, costs=costs,
-            max_increase=limit_of_rise,
+            max_increase=limit_of_rise, processes=processes,
         )  # fmt: skip
-        _write(out, frontier, plot=plot)
+        if processes.first:
+            _write(out, frontier, plot=plot)
     result = {"out": str(out)} | frontier.to_dict()
     output.emit(result, lambda console: _render(console, frontier, out))
 

@@ -1,10 +1,13 @@
 """The results file of `sparsify compare`: JSON cells, each written at once, found again by the digest of their key.
 
-Not covered: two processes writing one file.
+Several processes each write a part beside it, which the first of them takes into the file. Not covered: two processes
+writing one file.
 """
 
+import glob
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,22 @@ class CellFile:
         self._cells[digest(cell["key"])] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, _document(self.cells))
+
+
+def part_of(path: Path, index: int) -> Path:
+    """Returns the file of one process's cells beside the results file."""
+    return path.with_name(f"{path.name}.part-{index}")
+
+
+def take_parts(file: CellFile, order: Sequence[dict[str, Any]]) -> None:
+    """Adds the cells of all parts beside the file to it, those of the keys in `order` first, and removes the parts."""
+    parts = sorted(file.path.parent.glob(f"{glob.escape(file.path.name)}.part-*"))
+    found = {digest(cell["key"]): cell for part in parts for cell in read_cells(part)}
+    for key in (*map(digest, order), *list(found)):
+        if (cell := found.pop(key, None)) is not None:
+            file.put(cell)
+    for part in parts:
+        part.unlink()
 
 
 def _document(cells: list[Cell]) -> str:

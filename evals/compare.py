@@ -16,11 +16,12 @@ import torch
 
 import sparsify
 from sparsify.errors import SparsifyError
-from sparsify.evals.cells import Cell, CellFile, read_cells
+from sparsify.evals.cells import Cell, CellFile, part_of, read_cells, take_parts
 from sparsify.evals.compare_cell import DENSE, measured
 from sparsify.evals.compare_labels import parse_allocation, parse_method, parse_rotate
 from sparsify.evals.compare_subject import LoadedSubject, Settings, Subject, load_subject
 from sparsify.evals.perplexity import check_protocol
+from sparsify.processes import ONE, Processes
 
 __all__ = ["Settings", "Subject", "parse_allocation", "parse_method", "read_cells", "run"]
 
@@ -40,29 +41,44 @@ def run(
     seeds: int = 1,
     settings: Settings | None = None,
     note: Callable[[str], None] = _log.info,
+    processes: Processes = ONE,
 ) -> list[Cell]:
     """Measures every cell that the file `out` does not hold yet, and returns all of its cells.
 
     Seeds 0 .. seeds−1 draw the calibration windows (`Calibration.from_text`); the dense cell has none. note is called
     with a line after each cell. What a method or a budget refuses is a cell too, with "refused" in the place of a
-    result. Raises SparsifyError for an unknown method, protocol, model or text, or a file that this module did not
-    write.
+    result. processes: measure every so many-th cell each, into files beside `out`, which the first takes into it; what
+    they held when a run was stopped is taken by the next one.
+    Raises SparsifyError for an unknown method, protocol, model or text, or a file that this module did not write.
     """
     settings = settings or Settings()
     _check(methods, sparsities, protocols, seeds)
-    file = CellFile(out)
+    file = _with_parts(out, (), processes)
     for subject in subjects:
         loaded = load_subject(subject, settings, seeds)
         pending = _pending(loaded, file, methods, sparsities, protocols)
-        total, done, started = sum(map(len, pending)), 0, time.perf_counter()
-        for cells in pending:
+        own = pending[processes.index :: processes.count]
+        into = file if processes.count == 1 else CellFile(part_of(out, processes.index))
+        total, done, started = sum(map(len, own)), 0, time.perf_counter()
+        for cells in own:
             for cell in measured(loaded, cells):
-                file.put(cell)
+                into.put(cell)
                 done += 1
                 took = time.perf_counter() - started
                 left = took / done * (total - done)
                 note(f"{done}/{total} {_line(cell)}; {_duration(took)} so far, about {_duration(left)} left")
+        if processes.count > 1:
+            file = _with_parts(out, [cell["key"] for cells in pending for cell in cells], processes)
     return file.cells
+
+
+def _with_parts(out: Path, order: Sequence[dict[str, Any]], processes: Processes) -> CellFile:
+    """Returns the file with what the processes have measured for it, in that order; waits until all have."""
+    processes.wait()
+    if processes.first:
+        take_parts(CellFile(out), order)
+    processes.wait()
+    return CellFile(out)
 
 
 def _check(methods: Sequence[str], sparsities: Sequence[float], protocols: Sequence[str], seeds: int) -> None:

@@ -118,6 +118,8 @@ def _positions(data: dict[str, Any], painter: Painter) -> Picture:
 
 
 def _spectra(data: dict[str, Any], painter: Painter) -> Picture:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     spectra = data["singular_values"]
     layers = {place(name)[0] for name in spectra}
 
@@ -130,6 +132,10 @@ def _spectra(data: dict[str, Any], painter: Painter) -> Picture:
                 axes.plot([found["rank"]], [found["values"][nearest]], "o", color=line.get_color(), markersize=6)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        # matplotlib's own labels of such axes are formulas, and a page shows no formula (report_page).
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("rank")
         axes.set_ylabel("singular value / the largest")
         axes.spines[["top", "right"]].set_visible(False)

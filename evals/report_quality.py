@@ -76,7 +76,10 @@ def _perplexity(entry: dict[str, Any]) -> Grid:
 
 def _protocol(entry: dict[str, Any]) -> str:
     about = entry.get("sparse") or entry["dense"]
-    rise = f"Sparse is {share(entry['perplexity_ratio'] - 1, 2)} above dense. " if "sparse" in entry else ""
+    rise = ""
+    if "sparse" in entry:
+        over = entry["perplexity_ratio"] - 1.0
+        rise = f"Sparse is {share(abs(over), 2)} {'below' if over < 0.0 else 'above'} dense. "
     return (
         f"{rise}{about['text']}: {about['tokens']:,} tokens scored in {about['windows']} windows of "
         f"{about['seq_len']}, stride {about['stride']}. Protocol {about['protocol']}: {about['scored']}."

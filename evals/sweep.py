@@ -19,6 +19,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evals.compare import Settings, Subject, run
 from sparsify.evals.cost_table import CostTable
 from sparsify.ledger import LinearBytes, rest_bytes
+from sparsify.processes import ONE, Processes
 
 _MOST_POINTS = 100
 
@@ -88,15 +89,21 @@ def sweep(
     model: PreTrainedModel,
     costs: CostTable | None = None,
     max_increase: float | None = None,
+    processes: Processes = ONE,
 ) -> Frontier:
     """Measures the points that the folder `out` does not hold yet and returns the whole frontier.
 
     method: a label of `compare`, such as "auto" or "rsparse:rho=0.95@greedy"; model: the dense model, for its bytes;
-    costs: predict a speed-up for each point. Raises SparsifyError as `compare.run` does, and for a folder with points
-    of other weights, texts or versions.
+    costs: predict a speed-up for each point; processes: measure a part of the points each.
+    Raises SparsifyError as `compare.run` does, and for a folder with points of other weights, texts or versions.
     """
     cells = run(
-        [subject], out=cells_file(out, subject, settings), methods=[method], sparsities=sparsities, settings=settings
+        [subject],
+        out=cells_file(out, subject, settings),
+        methods=[method],
+        sparsities=sparsities,
+        settings=settings,
+        processes=processes,
     )
     own = _of_this_run(cells, method, sparsities)
     dense = own[0]["result"]["quality"]

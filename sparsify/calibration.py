@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsify.errors import SparsifyError
+from sparsify.processes import ONE, Processes
 from sparsify.text import Text, windows
 
 Progress = Callable[[str, int, int], None]
@@ -27,10 +28,14 @@ _INFINITY = 0x7F800000
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows [N, S] (int64) that the model is run on, and where they came from."""
+    """Token windows [N, S] (int64) that the model is run on, and where they came from.
+
+    processes: those that convert the model together, each of which runs a part of the windows.
+    """
 
     tokens: Tensor
     source: str
+    processes: Processes = ONE
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.tokens.numel() == 0 or self.tokens.dtype != torch.int64:
@@ -107,6 +112,10 @@ class ScoreHistogram:
         """Counts scores of any shape; a NaN counts as the largest."""
         bits = scores.detach().float().abs().contiguous().view(torch.int32) >> _SHIFT
         self.counts += torch.bincount(bits.flatten(), minlength=_BINS).cpu()
+
+    def add_up(self, processes: Processes) -> None:
+        """Makes this the histogram of all processes together."""
+        self.counts = processes.total(self.counts)
 
     @property
     def finite(self) -> bool:

@@ -19,6 +19,7 @@ from sparsify.allocation import Choices
 from sparsify.budget import LinearShape, uncompensated
 from sparsify.calibration import Calibration, Progress, ShuffledWindows, hooked, run_batches
 from sparsify.fitting import Fit, best, measure_errors
+from sparsify.processes import WindowSums
 from sparsify.trial import TargetLinear, Trial, dense_log_probabilities, evaluating, input_gradients, kl_divergence
 
 # Steps at most, and passes over the windows at most; windows in a step; share of windows that are held out.
@@ -47,21 +48,20 @@ def compensate_means(
     if not modules:
         return
 
+    sums: WindowSums[tuple[str, int]] = WindowSums(calibration.processes)
+
     def see(name: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
-        for fit in mended[name]:
-            total = fit.dropped(x).sum(0, dtype=torch.float64)
-            fit.dropped_sum = total if fit.dropped_sum is None else fit.dropped_sum + total
-            fit.tokens += len(x)
+        for index, fit in enumerate(mended[name]):
+            dropped = fit.dropped(x).sum(0, dtype=torch.float64)
+            sums.add((name, index), torch.cat([dropped, dropped.new_tensor([len(x)])]))
 
     with hooked(modules, see):
-        run_batches(model, calibration.tokens, "compensate", progress)
-    for name in modules:
-        for fit in mended[name]:
-            if fit.dropped_sum is not None:
-                mean = (fit.dropped_sum / fit.tokens).float()
-                fit.compensation = fit.missing(mean, linears[name].weight.detach().float())
-            fit.dropped_sum, fit.tokens = None, 0
+        run_batches(model, calibration.processes.part(calibration.tokens), "compensate", progress)
+    for (name, index), total in sums.totals().items():
+        fit = mended[name][index]
+        mean = (total[:-1] / int(total[-1])).float()
+        fit.compensation = fit.missing(mean, linears[name].weight.detach().float())
 
 
 def with_uncompensated(choices: Choices, shapes: Mapping[str, LinearShape]) -> Choices:

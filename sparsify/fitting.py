@@ -13,6 +13,7 @@ from sparsify.budget import Candidate, Score
 from sparsify.calibration import Calibration, Progress, ScoreHistogram, hooked, run_batches
 from sparsify.errors import SparsifyError
 from sparsify.kernels.reference import keep_mask, scores
+from sparsify.processes import WindowSums
 from sparsify.rotation import eigenbasis, second_moments
 from sparsify.token_cut import TokenCut, counted_scores, cut_mask, fitted_number
 from sparsify.token_layer import rotated_part
@@ -24,7 +25,7 @@ _ERROR_WINDOWS = 8
 
 @dataclass
 class Fit:
-    """A candidate of one linear with its tensors, and its error sum while the second pass runs."""
+    """A candidate of one linear with its tensors, and its error sum after the second pass."""
 
     candidate: Candidate
     threshold: float
@@ -34,8 +35,7 @@ class Fit:
     rotation: Tensor | None
     error: float = 0.0
     tokens: int = 0
-    # Sum of what was dropped [I] while the pass for compensation runs, then c = R·E[dropped] [O].
-    dropped_sum: Tensor | None = None
+    # c = R·E[dropped] [O].
     compensation: Tensor | None = None
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -76,21 +76,27 @@ def measure_errors(
     Relative token by token: otherwise the few tokens with huge activations, such as BOS, decide alone.
     """
 
+    sums: WindowSums[tuple[str, int]] = WindowSums(calibration.processes)
+
     def see(name: str, x: Tensor) -> None:
         linear = linears[name]
         weight = linear.weight.float()
         x = x.reshape(-1, x.shape[-1])
         size = F.linear(x.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
-        for fit in fits[name]:
-            fit.tokens += len(x)
+        for index, fit in enumerate(fits[name]):
             missing = fit.missing(fit.dropped(x), weight)
             if fit.compensation is not None:
                 missing = missing - fit.compensation
-            fit.error += float((missing.square().sum(-1, dtype=torch.float64) / size).sum())
+            error = (missing.square().sum(-1, dtype=torch.float64) / size).sum()
+            sums.add((name, index), torch.stack([error, error.new_tensor(len(x))]))
 
     step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
+    windows = calibration.processes.part(calibration.tokens[::step][:_ERROR_WINDOWS])
     with hooked({name: linear.module for name, linear in linears.items()}, see):
-        run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
+        run_batches(model, windows, "compare", progress)
+    for (name, index), (error, tokens) in sums.totals().items():
+        fits[name][index].error += float(error)
+        fits[name][index].tokens += int(tokens)
 
 
 def fit_candidates(
@@ -165,7 +171,10 @@ def _collect(
             histograms[key].add(score if cut is None else counted_scores(cut, score))
 
     with hooked({name: linear.module for name, linear in linears.items()}, see):
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
+    calibration.processes.agree(list(histograms), "candidates")
+    for histogram in histograms.values():
+        histogram.add_up(calibration.processes)
     return histograms
 
 

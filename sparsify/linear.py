@@ -6,7 +6,7 @@ keeps its name and shape, so a checkpoint is still the dense model where this pa
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,10 @@ from sparsify.kernels.dispatch import select_backend
 from sparsify.kernels.layout import channel_contiguous
 from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import Backend, SparseTensors
+from sparsify.rectified import is_rectified, rectify
+
+if TYPE_CHECKING:
+    from sparsify.layer_part import LayerPart
 
 
 class SparsitySwitch:
@@ -51,6 +55,8 @@ class SparseLayer(nn.Module):
     density: float | None = None
     # Whether other modules read this one's buffers, so that they must stay in memory.
     lends_buffers = False
+    # What this process holds of a layer that several hold together; None: the whole of it.
+    part: "LayerPart | None" = None
 
     def _add_buffers(
         self, inputs: int, outputs: int, *, scaled: bool, rank: int, compensated: bool, switch: SparsitySwitch
@@ -98,12 +104,12 @@ class SparseLayer(nn.Module):
         return self.switch.sparse
 
     def tensors(self) -> SparseTensors:
-        bias = self.bias if self.sparse_bias is None else self.sparse_bias
+        bias = self._bias(sparse=True)
         return SparseTensors(self.weight, bias, self.threshold, self.scale, self.lr_a, self.lr_b, self.density)
 
     def every_channel(self) -> SparseTensors:
         """Returns the layer's tensors with every channel kept: low rank and compensation have nothing left to do."""
-        return SparseTensors(self.tensors().weight, self.bias, self.threshold.new_full((), -1.0))
+        return SparseTensors(self.tensors().weight, self._bias(sparse=False), self.threshold.new_full((), -1.0))
 
     def keep(self, x: Tensor) -> Tensor:
         """Returns the channels of x [..., I] that a sparse forward uses, bool, the same shape."""
@@ -114,6 +120,38 @@ class SparseLayer(nn.Module):
         if value < 0.0 and value != -1.0:
             return f"holds {value:g}, it must be at least 0, or -1 to keep every channel"
         return None
+
+    def splits(self, by: str) -> bool:
+        """Whether processes that hold a part of the "outputs" or "inputs" each can choose as one process would."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the output for x [..., I]."""
+        if self.part is None:
+            return self._forward(x)
+        return self.part.run(x, self._forward, self._late_bias())
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = self._run(x)
+        return self._dense(x) if y is None else y
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self._bias(sparse=False))
+
+    def _bias(self, *, sparse: bool) -> Tensor | None:
+        """Returns the bias that this layer's own products add: none where it is added after a sum over processes."""
+        if self.part is not None and self.part.by == "inputs":
+            return None
+        return self.sparse_bias if sparse and self.sparse_bias is not None else self.bias
+
+    def _late_bias(self) -> Tensor | None:
+        return self.sparse_bias if self.switch.sparse and self.sparse_bias is not None else self.bias
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.part is not None:
+            for key in destination.keys() & {prefix + name for name in (*self._parameters, *self._buffers)}:
+                destination[key] = self.part.joined(key.removeprefix(prefix), destination[key])
 
     def _run(self, x: Tensor) -> Tensor | None:
         """Returns the output by the backend; None where torch's own dense linear is right and fast."""
@@ -155,10 +193,6 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc]
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._add_buffers(in_features, out_features, scaled=scaled, rank=rank, compensated=compensated, switch=switch)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._run(x)
-        return F.linear(x, self.weight, self.bias) if y is None else y
-
 
 class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
     """GPT-2's Conv1D, a linear whose weight is stored [I, O], made sparse; already channel-contiguous."""
@@ -184,9 +218,8 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
     def tensors(self) -> SparseTensors:
         return replace(super().tensors(), weight=self.weight.t())
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._run(x)
-        return Conv1D.forward(self, x) if y is None else y  # type: ignore[no-untyped-call]
+    def _dense(self, x: Tensor) -> Tensor:
+        return Conv1D.forward(self, x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -236,6 +269,8 @@ def make_sparse(
     else:
         raise TypeError(f"{type(linear).__name__} is not a linear that can be made sparse")
     layer.weight, layer.bias = weight, linear.bias
+    if is_rectified(linear):
+        rectify(layer)
     if not weight.is_meta:
         _materialise_buffers(layer, weight.device)
     layer.train(linear.training)

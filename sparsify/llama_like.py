@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsify.linear import SparseLinear
 from sparsify.relu_layer import FatRelu
+from sparsify.runtime import is_divided
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 # Rotary embeddings whose angles depend on nothing but the position.
@@ -33,6 +34,8 @@ def problem_of(
 
     device, dtypes, activations and backend: what that step's kernels take.
     """
+    if is_divided(model):
+        return "it is one part of a model that several processes hold"
     return (
         _wrong_class(model)
         or _wrong_config(model, device=device, dtypes=dtypes, activations=activations)

@@ -28,6 +28,10 @@ class _NeuronLayer(SparseLayer):
             )
         super().bind(BACKEND.name)
 
+    def splits(self, by: str) -> bool:
+        """By outputs, which are its neurons."""
+        return by == "outputs"
+
     def _run(self, x: Tensor) -> Tensor | None:
         return None
 
@@ -45,7 +49,12 @@ class _Gate(_NeuronLayer):
 
     def neurons_of(self, x: Tensor) -> Tensor:
         """Returns the same [..., F] for the gate's input x [..., I]."""
-        y = F.linear(x, self.tensors().weight, self.bias)
+        # Not the product of the weight: where it is offloaded, only a forward brings it.
+        before, self.switch.forced_dense = self.switch.forced_dense, True
+        try:
+            y: Tensor = self.forward(x)
+        finally:
+            self.switch.forced_dense = before
         return self.neurons(y.chunk(2, dim=-1)[0] if self.fused else y)
 
     def keep(self, x: Tensor) -> Tensor:
@@ -53,6 +62,10 @@ class _Gate(_NeuronLayer):
         neurons = self.neurons_of(x)
         gate = torch.ones_like(neurons)
         return torch.cat([gate, neurons], dim=-1) if self.fused else gate
+
+    def splits(self, by: str) -> bool:
+        """Not where gate and up are one linear: a part of its rows is not of as many neurons of both."""
+        return by == "outputs" and not self.fused
 
     def threshold_problem(self, value: float) -> str | None:
         return f"holds the threshold {value:g} of magnitudes, it must be at least 0" if value < 0.0 else None
@@ -100,6 +113,10 @@ class _PromptLayer(_NeuronLayer):
     def keep(self, x: Tensor) -> Tensor:
         """Returns the neurons that a sparse forward uses for x [..., I], bool: rows of gate and up, columns of down."""
         return self.choices.keep(self.mlp.down, x.shape[:-1], self.threshold)
+
+    def splits(self, by: str) -> bool:
+        """Never: the prompt's k are of all the neurons."""
+        return False
 
     def threshold_problem(self, value: float) -> str | None:
         return k_problem(value, self.mlp.neurons, self.density)
@@ -229,6 +246,7 @@ def _place_prompted(mlp: Mlp, modules: dict[str, nn.Module], choices: PromptChoi
 
 def _remake(layer: nn.Module, kinds: tuple[type[SparseLinear], type[SparseConv1D]]) -> SparseLinear | SparseConv1D:
     assert isinstance(layer, SparseLinear | SparseConv1D)
-    made = make_sparse(layer, scaled=False, rank=0, switch=layer.switch, kinds=kinds)
+    mended = layer.sparse_bias is not None
+    made = make_sparse(layer, scaled=False, rank=0, compensated=mended, switch=layer.switch, kinds=kinds)
     made.density = layer.density
     return made

@@ -16,17 +16,25 @@ _ROUNDING = 1e-9
 
 
 def neuron_densities(
-    shapes: Mapping[str, LinearShape], mlps: Sequence[Mlp], cut: NeuronCut, *, sparsity: float, method: str
+    shapes: Mapping[str, LinearShape],
+    mlps: Sequence[Mlp],
+    cut: NeuronCut,
+    *,
+    sparsity: float,
+    method: str,
+    compensated: bool = False,
 ) -> dict[str, float]:
     """Returns the share of each MLP's neurons that a token uses, by the name of its down.
 
-    A fixed number of neurons is rounded down, and the thresholds or counts of cut linears are paid for.
+    A fixed number of neurons is rounded down, and the thresholds or counts of cut linears are paid for; so is the bias
+    of every down where it is compensated.
     Raises SparsifyError with the largest sparsity that is possible where this one is not.
     """
     dense = sum(shape.dense_bytes for shape in shapes.values())
     shares = {name: share for mlp in mlps for name, share in mlp.shares(cut).items()}
     chosen = sum(share * shapes[name].dense_bytes for name, share in shares.items())
-    overhead = sum(shapes[name].overhead_bytes(scaled=False) for name in shares)
+    downs = {mlp.down for mlp in mlps if compensated}
+    overhead = sum(shapes[name].overhead_bytes(scaled=False, compensated=name in downs) for name in shares)
     density = 1.0 - (sparsity * dense + overhead) / chosen
     counted = cut == "prompt-top-k"
     least = 1.0 / min(mlp.neurons for mlp in mlps) if counted else 0.0

@@ -4,7 +4,8 @@ Every linear of the blocks becomes a sparse layer, so that one ledger holds them
 channel. Not covered: shares that differ from MLP to MLP.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +27,7 @@ from sparsify.mlp_targets import cut_mlps, find_mlps
 from sparsify.neuron_budget import neuron_densities
 from sparsify.neuron_cut import Mlp, NeuronCut, NeuronCuts
 from sparsify.plugin import attach
+from sparsify.processes import WindowSums
 from sparsify.prompt_choice import squared_shares
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight
@@ -37,13 +39,17 @@ _ERROR_WINDOWS = 8
 
 @dataclass
 class NeuronFit:
-    """An MLP's density and its number, t or k, with its error sum while it is measured."""
+    """An MLP's density and its number, t or k, with its error sum while it is measured.
+
+    compensation is W E[dropped h] [O] in fp32, the bias of a down that gives the mean of what is dropped back.
+    """
 
     mlp: Mlp
     density: float
     number: float = -1.0
     error: float = 0.0
     tokens: int = 0
+    compensation: Tensor | None = None
 
 
 def convert_neurons(
@@ -63,6 +69,8 @@ def convert_neurons(
     if method.sparsity > 0.0:
         fits = plan_neurons(model, method, targets, shapes, calibration.tokens[:1, :8])
         _fit(model, fits, cut, calibration, progress)
+        if getattr(method, "compensate", False):
+            _compensate(model, fits, calibration, progress)
         measure_neuron_errors(model, fits, cut, calibration, progress)
     entries = _entries(shapes, fits, cut)
     neurons = NeuronCuts(cut, tuple(fit.mlp for fit in fits)) if fits else None
@@ -70,7 +78,7 @@ def convert_neurons(
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=asdict(method),
+        method_config={key: value for key, value in asdict(method).items() if (key, value) != ("compensate", False)},
         # A prompt that chooses runs dense: nothing else can be asked of it.
         prefill="dense" if cut == "prompt-top-k" and fits else "sparse",
         sites=[list(site.names) for site in targets.sites],
@@ -92,7 +100,8 @@ def plan_neurons(
     """
     cut = method.neuron_cut
     mlps = cut_mlps(model, find_mlps(model, targets, tokens), cut, method.name)
-    densities = neuron_densities(shapes, mlps, cut, sparsity=method.sparsity, method=method.name)
+    mended = bool(getattr(method, "compensate", False))
+    densities = neuron_densities(shapes, mlps, cut, sparsity=method.sparsity, method=method.name, compensated=mended)
     return [NeuronFit(mlp, densities[mlp.down]) for mlp in mlps]
 
 
@@ -120,10 +129,12 @@ def _fit(
         for name, histogram in histograms.items()
     ]
     try:
-        run_batches(model, calibration.tokens, "calibrate", progress)
+        run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
         for handle in handles:
             handle.remove()
+    for histogram in histograms.values():
+        histogram.add_up(calibration.processes)
     for fit in fits:
         histogram = histograms[fit.mlp.activation]
         if not histogram.finite:
@@ -132,6 +143,46 @@ def _fit(
                 "fitted: check the model in this dtype, or load it in another (--dtype)"
             )
         fit.number = max(histogram.threshold(fit.density), 0.0)
+
+
+def _compensate(
+    model: PreTrainedModel, fits: Sequence[NeuronFit], calibration: Calibration, progress: Progress | None
+) -> None:
+    """Sets c = W E[(1−m)⊙h], h the inputs of down, of every MLP: the mean over all tokens, on dense inputs."""
+    by_down = {fit.mlp.down: fit for fit in fits}
+    sums: WindowSums[str] = WindowSums(calibration.processes)
+
+    def see(name: str, h: Tensor, activated: Tensor) -> None:
+        h = h.reshape(-1, h.shape[-1])
+        keep = keep_mask(activated.reshape(h.shape), torch.tensor(by_down[name].number, device=h.device))
+        sums.add(name, torch.where(keep, 0.0, h.float()).sum(0, dtype=torch.float64))
+
+    with _seen_neurons(model, fits, see):
+        run_batches(model, calibration.processes.part(calibration.tokens), "compensate", progress)
+    totals = sums.totals()
+    for name, fit in by_down.items():
+        mean = (totals[name] / calibration.tokens.numel()).float()
+        fit.compensation = F.linear(mean, dense_weight(model.get_submodule(name)).detach().float())
+
+
+@contextmanager
+def _seen_neurons(
+    model: PreTrainedModel, fits: Sequence[NeuronFit], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside, see(down, its input, its MLP's activated gate) is called in every forward of an MLP."""
+    activated: dict[str, Tensor] = {}
+    activations = {fit.mlp.down: fit.mlp.activation for fit in fits}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, args, y, name=name: activated.update({name: y}))
+        for name in activations.values()
+    ]
+    try:
+        modules = {name: model.get_submodule(name) for name in activations}
+        with hooked(modules, lambda name, h: see(name, h, activated[activations[name]])):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def measure_neuron_errors(
@@ -146,37 +197,34 @@ def measure_neuron_errors(
     Where the prompt chooses, the first half of a window is the prompt and the second half is measured.
     """
     by_down = {fit.mlp.down: fit for fit in fits}
-    activated: dict[str, Tensor] = {}
     weights = {name: dense_weight(model.get_submodule(name)) for name in by_down}
+    sums: WindowSums[str] = WindowSums(calibration.processes)
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, activated: Tensor) -> None:
         fit, number = by_down[name], torch.tensor(by_down[name].number, device=x.device)
         h = x.reshape(-1, x.shape[-1])
         if cut != "prompt-top-k":
-            keep = keep_mask(activated[fit.mlp.activation].reshape(h.shape), number)
+            keep = keep_mask(activated.reshape(h.shape), number)
         else:
             prompt = (len(h) + 1) // 2
             keep = top_k_mask(squared_shares(h[:prompt]).sum(dim=0), number)
             h = h[prompt:]
         weight = weights[name].float()
-        dropped = F.linear(torch.where(keep, 0.0, h).float(), weight).square().sum(-1, dtype=torch.float64)
+        missing = F.linear(torch.where(keep, 0.0, h).float(), weight)
+        if fit.compensation is not None:
+            missing = missing - fit.compensation
+        dropped = missing.square().sum(-1, dtype=torch.float64)
         size = F.linear(h.float(), weight).square().sum(-1, dtype=torch.float64).clamp_min(1e-30)
-        fit.tokens += len(h)
-        fit.error += float((dropped / size).sum())
+        error = (dropped / size).sum()
+        sums.add(name, torch.stack([error, error.new_tensor(len(h))]))
 
-    handles = [
-        model.get_submodule(fit.mlp.activation).register_forward_hook(
-            lambda _, args, y, name=fit.mlp.activation: activated.update({name: y})
-        )
-        for fit in fits
-    ]
     step = max(len(calibration.tokens) // _ERROR_WINDOWS, 1)
-    try:
-        with hooked({name: model.get_submodule(name) for name in by_down}, see):
-            run_batches(model, calibration.tokens[::step][:_ERROR_WINDOWS], "compare", progress)
-    finally:
-        for handle in handles:
-            handle.remove()
+    windows = calibration.processes.part(calibration.tokens[::step][:_ERROR_WINDOWS])
+    with _seen_neurons(model, fits, see):
+        run_batches(model, windows, "compare", progress)
+    for name, (error, tokens) in sums.totals().items():
+        by_down[name].error += float(error)
+        by_down[name].tokens += int(tokens)
 
 
 def _entries(shapes: Mapping[str, LinearShape], fits: list[NeuronFit], cut: NeuronCut) -> dict[str, LinearEntry]:
@@ -193,9 +241,12 @@ def neuron_entries(
     for fit in fits:
         for name, share in fit.mlp.shares(cut).items():
             density = 1.0 - share * (1.0 - fit.density)
-            overhead = shapes[name].overhead_bytes(scaled=False) / shapes[name].dense_bytes
-            error = fit.error / max(fit.tokens, 1) if name == fit.mlp.down else 0.0
-            entries[name] = LinearEntry(max(1.0 - density - overhead, 0.0), 1.0, 0, False, density, error)
+            down = name == fit.mlp.down
+            mended = down and fit.compensation is not None
+            overhead = shapes[name].overhead_bytes(scaled=False, compensated=mended) / shapes[name].dense_bytes
+            error = fit.error / max(fit.tokens, 1) if down else 0.0
+            sparsity = max(1.0 - density - overhead, 0.0)
+            entries[name] = LinearEntry(sparsity, 1.0, 0, False, density, error, compensated=mended or None)
     return entries
 
 
@@ -214,7 +265,8 @@ def _swap(
 ) -> None:
     switch = SparsitySwitch()
     for name in shapes:
-        layer = make_sparse(model.get_submodule(name), scaled=False, rank=0, switch=switch)
+        mended = bool(entries[name].compensated)
+        layer = make_sparse(model.get_submodule(name), scaled=False, rank=0, compensated=mended, switch=switch)
         layer.density = entries[name].density
         model.set_submodule(name, layer)
     if neurons is None:
@@ -228,4 +280,8 @@ def _swap(
             continue
         assert fit.mlp.gate is not None
         layers[fit.mlp.gate].threshold.fill_(fit.number)
-        layers[fit.mlp.down].threshold.fill_(0.0)
+        down = layers[fit.mlp.down]
+        down.threshold.fill_(0.0)
+        if down.sparse_bias is not None and fit.compensation is not None:
+            # The unfitted layer's is the dense bias, or 0; the sum is rounded once.
+            down.sparse_bias.copy_(down.sparse_bias.float() + fit.compensation)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -17,6 +18,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from sparsify import activations
 from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels import triton_backend
@@ -25,6 +27,7 @@ from sparsify.mapped import MappedWeights
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.model_config import check_model_config
 from sparsify.preflight import check_files, check_loaded
+from sparsify.rectified import rectify_named
 from sparsify.runtime import set_prefill, sparse_layers
 from sparsify.token_layer import link_rotations, make_layer
 
@@ -39,6 +42,8 @@ class SparsifyQuantizer(HfQuantizer):
     """Replaces the linears that the configuration names before weights are read, and checks what was read."""
 
     quantization_config: SparsifyConfig
+    # While the model is read in parts.
+    _reading: RemovableHandle | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -60,12 +65,23 @@ class SparsifyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         add_sparse_layers(model, config)
+        rectify_named(model, model.config)
+        if getattr(model.config, "distributed_config", None) is not None:
+            # Here, not above: not every build of torch has torch.distributed.
+            from sparsify.tensor_parallel import read_in_parts
+
+            self._reading = read_in_parts(model, config.method)
         if kwargs.get("checkpoint_files"):
             check_files(kwargs["checkpoint_files"], model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
+        if self._reading is not None:
+            from sparsify.tensor_parallel import split_layers
+
+            self._reading.remove()
+            split_layers(model, self.quantization_config.method)
         mapped = MappedWeights()
         for name, layer in sparse_layers(model).items():
             if layer.lends_buffers and any(b is not None and b.is_meta for b in layer._buffers.values()):
@@ -96,7 +112,8 @@ class SparsifyQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Registers with transformers; a second call does nothing."""
+    """Registers with transformers, our activations too; a second call does nothing."""
+    activations.register()
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(SparsifyConfig)
         register_quantizer(QUANT_METHOD)(SparsifyQuantizer)

@@ -24,6 +24,11 @@ def switch_of(model: nn.Module) -> SparsitySwitch:
     raise SparsifyError("this model has no sparse layers: convert it first, or load a converted checkpoint")
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether this process holds a part of the model only, and others the rest."""
+    return getattr(model, "_device_mesh", None) is not None
+
+
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
     """Inside, every layer of the converted model runs dense; nothing to do for a model that is not converted."""

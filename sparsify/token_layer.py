@@ -28,6 +28,10 @@ class _TokenCutLayer(SparseLayer):
             )
         super().bind(BACKEND.name)
 
+    def splits(self, by: str) -> bool:
+        """Not by inputs: a k, a mean or a rotation is of all the channels."""
+        return by == "outputs"
+
     def _run(self, x: Tensor) -> Tensor | None:
         return masked_linear(x, self.keep(x), self.tensors()) if self.switch.sparse else None
 

@@ -1,6 +1,7 @@
 """Settings and fixtures of every test: offline, few threads, uninitialised memory that cannot pass for a result."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU: the interpreter has no streams and no graphs"))
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what was imported out of the garbage collector: a full collection takes 10 ms in the place of 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

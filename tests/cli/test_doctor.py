@@ -134,7 +134,8 @@ def test_the_switch_of_the_entry_point_is_seen(run: Run, few_cases: None, monkey
 
 
 def test_methods_are_listed_with_their_papers(run: Run) -> None:
-    data = json.loads(run("methods", "--format", "json").stdout)["methods"]
+    found = json.loads(run("methods", "--format", "json").stdout)
+    data = found["methods"]
     assert {method["name"] for method in data} == set(available())
     shown = " ".join(run("methods").stdout.split())
     for method in data:
@@ -143,3 +144,7 @@ def test_methods_are_listed_with_their_papers(run: Run) -> None:
         assert set(method["kernels"]) <= {backend.name for backend in backends()}
         for fact in (method["paper"], method["sparsifies"], method["choice"], method["rule"]):
             assert fact in shown
+    flags = run("convert", "--help").stdout
+    for way in found["ways"]:
+        assert way["summary"] in shown
+        assert all(f"--{option}" in flags for option in way["options"])

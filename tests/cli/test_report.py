@@ -122,6 +122,7 @@ def test_every_section_and_figure_is_there(full: Path) -> None:
     assert {found["id"] for found in page.attributes("section")} == _SECTIONS
     assert {str(found["id"]) for found in page.attributes("figure")} == {f"figure-{name}" for name in _FIGURES}
     # Drawn for the eye, and said for the ear.
+    assert "mathdefault" not in page.text, "a formula of matplotlib's is shown as it is written"
     drawings = [found for found in page.attributes("svg") if "viewbox" in found]
     assert len(drawings) == len(_FIGURES)
     assert all(found["role"] == "img" and len(str(found["aria-label"])) > 40 for found in drawings)
@@ -268,6 +269,7 @@ def test_the_card_gets_the_numbers_and_stays_sound(
         (entry,) = json.loads(stored["perplexity"].read_text())["models"]
         assert f"sparse {entry['sparse']['perplexity']:.3f}" in card
         assert "sparsify eval FOLDER --text" in card
+        assert "acc, every-token, 4 documents | dense " in card
         assert "<b>" not in card.partition("Measured again")[0]
         assert run("verify", folder).exit_code == 0
     # Other damage is still found.
@@ -310,7 +312,7 @@ document.title = JSON.stringify(found);
 def test_nothing_is_cut_or_overlaps_in_a_browser(full: Path, tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
     # In a frame, as a window has a least width; the page itself runs no script.
     inner = escape((full / "report.html").read_text(encoding="utf-8"), quote=True)
     outer = tmp_path / "outer.html"

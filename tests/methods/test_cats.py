@@ -67,6 +67,42 @@ def test_the_threshold_is_the_papers_quantile(
     assert float((v > t).double().mean()) == pytest.approx(density, abs=0.003)
 
 
+def test_the_mean_of_what_is_dropped_is_given_back(
+    tiny_llama: PreTrainedModel, tiny_calibration: Calibration, tmp_path: Path
+) -> None:
+    name, tokens = "model.layers.0.mlp", tiny_calibration.tokens
+    dense, seen = copy.deepcopy(tiny_llama).get_submodule(name), []
+    with torch.no_grad(), hooked({name: tiny_llama.get_submodule(name)}, lambda _, x: seen.append(x.flatten(0, -2))):
+        for window in tokens:
+            tiny_llama(window[None], use_cache=False)
+    x = torch.cat(seen)
+    model = sparsify.convert(tiny_llama, Cats(0.3, compensate=True), tiny_calibration)
+    mlp: Any = model.get_submodule(name)
+    t, dropped = float(mlp.gate_proj.threshold), torch.zeros(96, dtype=torch.float64)
+    gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    for row in x.double():
+        for i in range(96):
+            g = float(gate[i] @ row)
+            v = g / (1.0 + math.exp(-g))
+            if abs(v) <= t:
+                dropped[i] += v * float(up[i] @ row)
+    bias = down @ (dropped / len(x))
+    torch.testing.assert_close(mlp.down_proj.sparse_bias.double(), bias, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        missing = dense(x) - mlp(x)
+        assert float(missing.mean(0).norm()) < 1e-5 < 0.01 < float((missing + mlp.down_proj.sparse_bias).mean(0).norm())
+    ledger = sparsify.ledger_of(model)
+    assert ledger.weighted_sparsity == pytest.approx(0.3, abs=1e-12)
+    assert {linear.name for linear in ledger.linears if linear.compensated} == {
+        f"model.layers.{i}.mlp.down_proj" for i in range(2)
+    }
+    again = sparsify.load(sparsify.save(model, tmp_path / "o"))
+    with torch.inference_mode():
+        assert torch.equal(again(tokens[:1]).logits, model(tokens[:1]).logits)
+        with sparsify.dense(again):
+            assert not torch.equal(again(tokens[:1]).logits, model(tokens[:1]).logits)
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.39])
 def test_the_budget_is_of_all_linears_and_met_to_the_byte(
     tiny_llama: PreTrainedModel, tiny_calibration: Calibration, sparsity: float

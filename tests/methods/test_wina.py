@@ -1,5 +1,7 @@
 """WINA against its paper's equation: keep |x_j|·‖W[:,j]‖₂ > t, a threshold and a score for each linear."""
 
+import copy
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -9,26 +11,20 @@ from sparsify import Calibration, Wina
 from sparsify.runtime import sparse_layers
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.8])
-def test_output_is_the_papers_equation(
-    tiny_llama: PreTrainedModel, tiny_calibration: Calibration, sparsity: float
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_output_is_the_papers_on_real_activations(
+    trained: PreTrainedModel, trained_calibration: Calibration, trained_inputs: dict[str, torch.Tensor], sparsity: float
 ) -> None:
-    modules = dict(tiny_llama.named_modules())
     names = [f"model.layers.0.self_attn.{p}_proj" for p in "qv"]
-    seen: list[torch.Tensor] = []
-    handle = modules[names[0]].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        for window in tiny_calibration.tokens:
-            tiny_llama(window[None])
-    handle.remove()
-    x = torch.cat(seen)
-    sparsify.convert(tiny_llama, Wina(sparsity=sparsity), tiny_calibration)
+    # q and v have one input.
+    x = trained_inputs[names[0]]
+    model = sparsify.convert(copy.deepcopy(trained), Wina(sparsity=sparsity), trained_calibration)
     for name in names:
-        layer = sparse_layers(tiny_llama)[name]
+        layer = sparse_layers(model)[name]
         weight = layer.weight.detach().double()
         norms = [float(weight[:, j].square().sum().sqrt()) for j in range(layer.in_features)]
         torch.testing.assert_close(layer.scale.double(), torch.tensor(norms, dtype=torch.float64), rtol=1e-6, atol=0)
-        entry = tiny_llama.config.quantization_config.linears[name]
+        entry = model.config.quantization_config.linears[name]
         scores = (x.double() * torch.tensor(norms)).abs()
         assert float((scores > float(layer.threshold)).double().mean()) == pytest.approx(entry.density, abs=0.005)
         expected = torch.zeros(4, layer.out_features, dtype=torch.float64)
@@ -36,9 +32,10 @@ def test_output_is_the_papers_equation(
             for j, value in enumerate(row):
                 if abs(value) * norms[j] > float(layer.threshold):
                     expected[n] += weight[:, j] * value
-        torch.testing.assert_close(layer(x[:4]).detach().double(), expected, rtol=1e-4, atol=1e-5)
+        # fp32 sums of some hundred products.
+        torch.testing.assert_close(layer(x[:4]).detach().double(), expected, rtol=1e-4, atol=1e-4)
     # Scores are per linear: q and v of one input keep different channels.
-    q, v = (sparse_layers(tiny_llama)[name].threshold for name in names)
+    q, v = (sparse_layers(model)[name].threshold for name in names)
     assert not torch.equal(q, v)
 
 
