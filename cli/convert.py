@@ -281,7 +281,7 @@ def convert(
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
         if dry_run:
-            result = plan_settings(settings, progress)
+            result = plan_settings(settings, progress, stream=stream or resume)
         elif stream or resume:
             result = run_streamed(settings, progress, resume=resume)
         else:

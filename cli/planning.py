@@ -53,9 +53,10 @@ class _Asked:
     spec: str
 
 
-def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
+def plan_settings(given: ConvertSettings, progress: Progress, *, stream: bool = False) -> dict[str, Any]:
     """Returns the plan of the conversion that the settings ask for; nothing is calibrated or written.
 
+    stream: of the one that has one block in memory.
     Raises SparsifyError as the conversion does for what can be known by now.
     """
     import torch
@@ -66,6 +67,8 @@ def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     asked = _settle(given)
     settings = asked.settings
+    if stream and (problem := _not_streamed(asked)) is not None:
+        raise SparsifyError(problem)
     out = None if settings.out is None else check_out(settings.out)
     calibration, unread = _texts(asked, progress)
     skeleton = read_skeleton(asked.spec, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
@@ -78,6 +81,7 @@ def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
     found = {
         "model": asked.spec,
         "dry_run": True,
+        "stream": stream,
         "settings": asdict(given),
         "read_from": skeleton.read_from,
         "dtype": str(skeleton.model.dtype).removeprefix("torch."),
@@ -92,7 +96,9 @@ def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
     }
     found["checkpoint"] = _checkpoint(planned, skeleton, out)
     found["memory"], found["time"] = _cost(asked, planned, size, load)
-    return found | {"verdict": _verdict(found, asked)}
+    if stream:
+        _add_room(found["checkpoint"], size, load)
+    return found | {"verdict": _verdict(found)}
 
 
 def _settle(given: ConvertSettings) -> _Asked:
@@ -231,7 +237,7 @@ def _cost(
         work = asked.allocation.work(work_size(planned, size, load, asked.settings.sparsity or 0.5))
     stages = stages_in_memory(size, planned, work, svd, load, rates)
     ranks = {name: max(c.rank for c in ways) for name, ways in planned.options.items()}
-    problem = _not_streamed(asked, planned)
+    problem = _not_streamed(asked)
     memory = {
         "peak": max(stage.bytes for stage in stages),
         "needed": max(stage.needed for stage in stages),
@@ -252,17 +258,28 @@ def _cost(
     }
 
 
-def _not_streamed(asked: _Asked, planned: "ConversionPlan") -> str | None:
-    """Returns why the conversion cannot go block by block, in a few words; None where it can."""
-    if asked.method is None or planned.cut_mlps or not planned.options:
-        return f"method {asked.settings.method} looks at whole MLPs"
-    if planned.rotated:
-        return "the model is rotated as a whole"
-    if asked.allocation is not None and asked.allocation.needs == "model":
-        return f"allocation {planned.allocation} runs the whole model"
-    if asked.settings.max_ppl_increase is not None or asked.settings.speedup is not None:
-        return "its budget is looked for in the whole model"
-    return None
+def _not_streamed(asked: _Asked) -> str | None:
+    """Returns why the conversion cannot go block by block, as --stream itself says it; None where it can."""
+    from sparsify.cli.stream_conversion import refuse_unstreamable
+    from sparsify.streaming.conversion import streaming_problem
+
+    try:
+        refuse_unstreamable(asked.given)
+    except SparsifyError as problem:
+        return str(problem)
+    if asked.method is None or asked.allocation is None:
+        return f"method {asked.settings.method} changes the whole model: leave --stream out"
+    return streaming_problem(asked.method, asked.allocation, rotate=asked.settings.rotate)
+
+
+def _add_room(checkpoint: dict[str, Any], size: "ModelSize", load: "Load") -> None:
+    """Adds what a streamed conversion has on the disk besides: hidden states, and the parts of a single file."""
+    from sparsify.weight_files import SINGLE_FILE_BYTES
+
+    windows = load.windows + 2 * load.eval_windows
+    states = 2 * windows * load.seq_len * size.hidden * size.element_size
+    parts = checkpoint["tensor_bytes"][1] if size.dense_bytes <= SINGLE_FILE_BYTES else 0
+    checkpoint["while_streaming"] = states + parts
 
 
 def _not_counted(asked: _Asked) -> list[str]:
@@ -276,32 +293,34 @@ def _not_counted(asked: _Asked) -> list[str]:
     return left_out
 
 
-def _verdict(found: dict[str, Any], asked: _Asked) -> dict[str, Any]:
+def _verdict(found: dict[str, Any]) -> dict[str, Any]:
     """Returns whether it fits here, and what is in the way and helps, in sentences."""
     from sparsify.cli.output import byte_count
 
     memory, checkpoint = found["memory"], found["checkpoint"]
     available, said = memory["available"], []
-    room = checkpoint["disk_free"] >= checkpoint["bytes"][1]
-    in_memory = available is None or memory["needed"] <= available
-    if not in_memory:
+    disk = checkpoint["bytes"][1] + checkpoint.get("while_streaming", 0)
+    needed = memory["streamed_peak"] if found["stream"] else memory["needed"]
+    memory_fits = available is None or needed <= available
+    if not memory_fits:
+        here = f"{byte_count(available)} are available on {memory['of']}"
+        said = [f"It needs {byte_count(needed)} of memory and {here}.", _other_way(found, available)]
+    disk_fits = checkpoint["disk_free"] >= disk
+    if not disk_fits:
         said.append(
-            f"It needs {byte_count(memory['needed'])} of memory and {byte_count(available)} are available on "
-            f"{memory['of']}."
+            f"It needs {byte_count(disk)} of disk and {byte_count(checkpoint['disk_free'])} are free in "
+            f"{checkpoint['disk']}: free some, or choose another --out."
         )
-        streamed = memory["streamed_peak"]
-        if streamed is not None and streamed <= available:
-            said.append(f"With --stream it takes one block at a time, about {byte_count(streamed)}.")
-        elif streamed is None:
-            said.append(
-                f"It cannot be streamed, {memory['not_streamed']}: --method rsparse or teal with allocation uniform "
-                "can be (--stream)."
-            )
-        else:
-            said.append("Not even one block at a time fits: use a machine with more memory.")
-    if not room:
-        said.append(
-            f"It needs {byte_count(checkpoint['bytes'][1])} of disk and {byte_count(checkpoint['disk_free'])} are free "
-            f"in {checkpoint['disk']}: free some, or choose another --out."
-        )
-    return {"fits": in_memory and room, "memory_fits": in_memory, "disk_fits": room, "said": said}
+    return {"fits": memory_fits and disk_fits, "memory_fits": memory_fits, "disk_fits": disk_fits, "said": said}
+
+
+def _other_way(found: dict[str, Any], available: int) -> str:
+    """Returns what to do where the memory is too small."""
+    from sparsify.cli.output import byte_count
+
+    streamed = found["memory"]["streamed_peak"]
+    if streamed is None:
+        return f"It cannot be streamed either: {found['memory']['not_streamed']}."
+    if found["stream"] or streamed > available:
+        return "Not even one block at a time fits: use a machine with more memory."
+    return f"With --stream it takes one block at a time, about {byte_count(streamed)}."

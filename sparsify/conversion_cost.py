@@ -16,6 +16,7 @@ from sparsify.low_rank import is_exact
 from sparsify.model_size import ModelSize
 from sparsify.plan import ConversionPlan
 from sparsify.svd_cost import Rates, svd_bytes, svd_seconds
+from sparsify.weight_files import SINGLE_FILE_BYTES
 
 _MB = 1 << 20
 # A histogram of scores (sparsify.calibration): 65,536 counts of 8 bytes.
@@ -198,7 +199,7 @@ class _Cost:
         shapes = self.plan.shapes
         seconds = decomposed * sum(svd_seconds(shapes[n], rank, self.svd, self.rates) for n, rank in self.ranks.items())
         scores = sum(shape.inputs for shape in shapes.values()) * self.run.seq_len
-        seconds += self.forward(work.forwards, heads=work.heads) + self.products(work.products)
+        seconds += _TRIED * self.forward(work.forwards, heads=work.heads) + self.products(work.products)
         seconds += work.counted * scores / self.rates.scores + self._sampled()
         svd = max(
             (_work_bytes(shapes[n], svd_bytes(shapes[n], rank, self.svd)) for n, rank in self.ranks.items()), default=0
@@ -264,7 +265,7 @@ class _Cost:
         held = math.ceil(self.run.windows * _HELD_OUT)
         steps = min(_STEPS, _EPOCHS * math.ceil((self.run.windows - held) / _BATCH))
         runs = 3.0 * steps * _BATCH + 10.0 * held
-        seconds = self.forward(runs, heads=runs) + self.products(2.0 * min(self.run.windows, _COMPARED))
+        seconds = _TRIED * self.forward(runs, heads=runs) + self.products(2.0 * min(self.run.windows, _COMPARED))
         graph = _logit_bytes(self.size, self.run.seq_len, _BATCH) * _KL_COPIES
         graph += _BATCH * self.run.seq_len * self.size.moved * self.size.element_size * _SAVED
         kept = held * self.run.seq_len * self.size.vocabulary * 4
@@ -294,8 +295,10 @@ class _Cost:
 
     def save(self) -> Stage:
         written = self.plan.weight_bytes.most
-        # Weights that are laid out for the kernels are put back in rows, all at once.
-        again = self.linears if self.run.channel_contiguous else 0
+        # Weights that are laid out for the kernels are put back in rows: all at once where they are one file.
+        largest = max((shape.dense_bytes for shape in self.plan.shapes.values()), default=0)
+        whole = self.size.dense_bytes <= SINGLE_FILE_BYTES
+        again = (self.linears if whole else largest) if self.run.channel_contiguous else 0
         seconds = written / self.rates.hashed + written / _WRITE_RATE
         seconds += _LAYOUT_PASSES / 2 * self.numbers / self.rates.values if again else 0.0
         return self.stage("save", seconds, self._swapped() + again, swapped=True)
@@ -315,7 +318,9 @@ class _Cost:
 
 # Passes over what a forward moves between products; over logits; copies of a batch's fp32 logits alive in the
 # divergence of two models; parts of what a forward moves that a backward keeps.
-_PASSES, _LOGIT_PASSES, _KL_COPIES, _SAVED = 6.0, 3.0, 4.0, 2.0
+_PASSES, _LOGIT_PASSES, _KL_COPIES, _SAVED = 6.0, 3.0, 8.0, 4.5
+# What a forward or a backward of a model with candidates in it takes, by a dense forward's time.
+_TRIED = 1.5
 # Passes over a linear's inputs and outputs while a candidate's error is summed; a sparse forward's time by a dense
 # one's; seconds for a candidate's threshold and tensors; what a process grows by while it first runs a model.
 _ERROR_PASSES, _SPARSE, _FIT_SECONDS, _OWN_BYTES = 12.0, 2.2, 0.004, 100 * _MB

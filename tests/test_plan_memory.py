@@ -18,13 +18,14 @@ for line in open("/proc/self/status"):
     if line.startswith("VmHWM:"):
         print("peak", int(line.split()[1]) * 1024, file=sys.stderr)
 """
+_FLAGS = ("--method", "teal", "--sequences", "2", "--seq-len", "64", "--eval-windows", "1", "--format", "json")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's /proc")
 def test_the_peak_is_the_predicted_one(tmp_path: Path) -> None:
     folder = save_random("llama-100m", tmp_path / "dense")
-    flags = [str(folder), *"--method teal --sequences 2 --seq-len 64 --eval-windows 1 --format json".split()]
+    flags = [str(folder), *_FLAGS]
     planned = _run("plan", *flags)
     converted = _run("convert", *flags, "--out", str(tmp_path / "out"))
     peak = int(converted.stderr.rpartition("peak ")[2])

@@ -105,6 +105,20 @@ def test_what_does_not_fit_is_said_with_what_helps(
     assert ("With --stream it takes one block at a time" if method == "rsparse" else "It cannot be streamed") in said
 
 
+def test_a_streamed_conversion_is_planned_as_one(
+    run: Run, large: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sparsify.evals.machine.available_memory", lambda device: 8 << 30)
+    found = planned(run, large, "--method", "rsparse", "--stream", "--out", tmp_path / "o")
+    assert found["verdict"]["memory_fits"]
+    # Hidden states before and after a block: 32 windows to calibrate and twice 8 to measure, of 512 tokens.
+    assert found["checkpoint"]["while_streaming"] == 2 * 48 * 512 * 4096 * 2
+    for method in ("auto", "cats", "relufy"):
+        result = run("plan", large, "--method", method, "--stream")
+        assert result.exit_code == 2
+        assert "--stream" in result.stderr
+
+
 def test_a_full_disk_is_said(run: Run, large: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Usage:
         free = 1 << 30
