@@ -16,7 +16,7 @@ from sparsify.cli.conversion import allocate, check_model, check_out, configure,
 from sparsify.cli.loading import pick_device
 from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p
 from sparsify.cli.progress import Progress
-from sparsify.cli.relufy_conversion import is_relufy, settle_relufy
+from sparsify.cli.relufy_conversion import is_relufy, relufication_of, settle_relufy
 from sparsify.cli.settings import ConvertSettings
 from sparsify.cli.sites import describe_sites
 from sparsify.errors import SparsifyError, UnavailableError
@@ -133,11 +133,11 @@ def _plan(asked: _Asked, skeleton: "Skeleton") -> "ConversionPlan":
 
     from sparsify.evals.neurons import layers_of
     from sparsify.plan import plan_conversion, plan_dense, plan_scaled
-    from sparsify.relufication import relufy
+    from sparsify.relufication import relufy_unfitted
 
     model = skeleton.model
     if is_relufy(asked.given):
-        relufy(model, asked.given.activation or "relu")
+        relufy_unfitted(model, relufication_of(asked.given))
         if asked.given.plain:
             return plan_dense(model)
     if asked.method is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,9 +23,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsify import activations
 from sparsify.errors import CheckpointError, SparsifyError, UnavailableError, suggest
 from sparsify.hub import hub_problem, is_cached
 from sparsify.preflight import INDEX, check_index
+from sparsify.rectified import rectify_named
 
 REFERENCE = "reference"
 
@@ -114,6 +117,7 @@ def load_dense(
     """
     source = resolve_model(spec)
     wanted = parse_dtype(dtype)
+    activations.register()
     with hub_errors(spec, source), quiet():
         options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
         config = dense_config(spec, trust_remote_code=trust_remote_code)
@@ -128,8 +132,29 @@ def load_dense(
             f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
             f"{type(model).__name__}; download it again"
         )
+    rectify_named(model, model.config)
     loaded: PreTrainedModel = to_device(model, device).eval()
     return loaded
+
+
+def load_skeleton(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns load_dense's model without its memory, with all that a checkpoint says besides weights.
+
+    Unlike sparsify.skeleton's, it knows how its tensors are named on the disk and how it generates. Raises as
+    load_dense does, for a model whose weights are not here too.
+    """
+    return load_dense(spec, dtype=dtype, trust_remote_code=trust_remote_code, device_map={"": "meta"})
+
+
+def local_folder(spec: str) -> Path:
+    """Returns the folder that holds the files of a model that was loaded from `spec` just now."""
+    source = resolve_model(spec)
+    if Path(source).is_dir():
+        return Path(source)
+    config = try_to_load_from_cache(source, "config.json")
+    if not isinstance(config, str):
+        raise UnavailableError(f"{source} {_NOT_CACHED}")
+    return Path(config).parent
 
 
 def dense_config(spec: str, *, trust_remote_code: bool = False) -> Any:
