@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, Any]:
     """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports."""
-    from sparsify import checkpoint, models
+    from sparsify import checkpoint
     from sparsify.ledger import ledger_of
     from sparsify.methods.relu import Relu
     from sparsify.plain_checkpoint import save_plain
@@ -61,7 +62,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     def make() -> "PreTrainedModel":
         return _load_dense(spec, settings, device, progress)
 
-    source = Path(spec).name if Path(spec).is_dir() else models.ALIASES.get(spec, spec)
+    source = source_of(spec)
     relufied: dict[str, Any] | None = None
     if is_relufy(asked):
         model = make()
@@ -90,7 +91,7 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     set_prefill(model, config.prefill)
     measured = _measure(model, windows, progress) if windows is not None else None
     progress.note(f"writing {out}")
-    card = _card_rows(measured) if measured is not None else None
+    card = card_rows(measured) if measured is not None else None
     said = None if relufied is None else said_of(relufied)
     # As settled, so that defaults of another version change nothing; relufy is what was asked for, not its relu.
     settled = asdict(replace(settings, method=asked.method, cut=asked.cut, cett=asked.cett))
@@ -101,9 +102,16 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
     return (
         report
-        | _describe(config)
+        | describe(config)
         | {"ledger": ledger_totals(ledger_of(model)), "measured": measured, "budget": met.found, "relufied": relufied}
     )
+
+
+def source_of(spec: str) -> str:
+    """Returns what the card calls the dense model."""
+    from sparsify.models import ALIASES
+
+    return Path(spec).name if Path(spec).is_dir() else ALIASES.get(spec, spec)
 
 
 def _processes(settings: ConvertSettings, device: str) -> "Processes":
@@ -156,14 +164,15 @@ def allocate(settings: ConvertSettings, method: "AnyMethod") -> "Allocation":
     return allocation
 
 
-def check_out(out: str | None) -> Path:
-    """Checks, before hours of work, that the folder can be made at their end."""
+def check_out(out: str | None, *, resume: bool = False) -> Path:
+    """Checks, before hours of work, that the folder can be made at their end; one that is resumed may be there."""
     from sparsify.new_folder import check_output
 
     if out is None:
         raise SparsifyError("no --out: name the folder to write, which must not exist yet")
     path = Path(out)
-    check_output(path)
+    if not resume:
+        check_output(path)
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -223,10 +232,28 @@ def _load_dense(spec: str, settings: ConvertSettings, device: str, progress: Pro
     from sparsify.models import check_context, load_dense
 
     torch.manual_seed(settings.seed)
+    _check_memory(spec, settings.dtype, device)
     progress.note(f"loading {spec}")
     model = load_dense(spec, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code)
     check_context(model, settings.seq_len)
     return model
+
+
+def _check_memory(spec: str, dtype: str, device: str) -> None:
+    """Raises UnavailableError where the weights alone are more than the memory that can be had."""
+    import torch
+
+    from sparsify.evals.machine import available_memory
+    from sparsify.models import parse_dtype, resolve_model
+    from sparsify.preflight import weight_bytes
+
+    needed = weight_bytes(Path(resolve_model(spec)), parse_dtype(dtype))
+    free = available_memory(torch.device(device))
+    if needed is not None and free is not None and needed > free:
+        raise UnavailableError(
+            f"{spec} has {needed / 1e9:.1f} GB of weights, and {device} has {free / 1e9:.1f} GB of memory to spare: "
+            "--stream converts one block at a time, with --method rsparse, teal or wina among others"
+        )
 
 
 def _measure(model: "PreTrainedModel", windows: "Windows", progress: Progress) -> dict[str, Any] | None:
@@ -241,7 +268,7 @@ def _measure(model: "PreTrainedModel", windows: "Windows", progress: Progress) -
         return None
 
 
-def _card_rows(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def card_rows(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the table of the model card from measure's result."""
     rows = {}
     for name, size in (("dense", "dense_bytes_per_token"), ("sparse", "touched_bytes_per_token")):
@@ -258,7 +285,8 @@ def _card_rows(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _describe(config: "SparsifyConfig") -> dict[str, Any]:
+def describe(config: "SparsifyConfig") -> dict[str, Any]:
+    """Returns what the command reports of a configuration."""
     entries = config.linears
     worst = max(entries, key=lambda name: entries[name].error)
     return {

@@ -16,6 +16,7 @@ from sparsify.cli.planning import plan_settings
 from sparsify.cli.progress import Progress
 from sparsify.cli.relufy_conversion import said_of
 from sparsify.cli.settings import ConvertSettings, parse_rho
+from sparsify.cli.stream_conversion import run_streamed
 
 _DEFAULTS = ConvertSettings()
 
@@ -229,6 +230,17 @@ def convert(
     config: Annotated[
         Path | None, typer.Option(help="YAML with any of these settings; flags win over it.", metavar="FILE")
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Convert one decoder block at a time, for a model larger than memory: the same files, and what is "
+            "finished is kept in .NAME.partial beside --out.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a --stream conversion that was stopped, from its last block.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show the plan, as `sparsify plan` does: no weight is read."),
@@ -268,7 +280,12 @@ def convert(
         base = base.updated(dict.fromkeys(BUDGETS), source="flags")
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
-        result = plan_settings(settings, progress) if dry_run else run_conversion(settings, progress)
+        if dry_run:
+            result = plan_settings(settings, progress)
+        elif stream or resume:
+            result = run_streamed(settings, progress, resume=resume)
+        else:
+            result = run_conversion(settings, progress)
     if dry_run:
         output.emit(result, lambda console: render_plan(console, result))
         if not result["verdict"]["fits"]:

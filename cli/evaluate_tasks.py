@@ -88,6 +88,8 @@ def _render(console: Console, result: dict[str, Any]) -> None:
 
     for entry in result["models"]:
         table = make_table(escape(entry["model"]), "task", "metric", "dense", "sparse", "recovery", "n", left=2)
+        # Names of tasks are long: room for them in 80 columns.
+        table.padding = (0, 1, 0, 0)
         table.columns[1].no_wrap = True
         last = None
         for score in entry["scores"]:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from sparsify.cli.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from sparsify.text import Windows
@@ -19,8 +21,12 @@ def measure(
     protocol: str = "every-token",
     batch_size: int = 8,
     only_dense: bool = False,
+    densities: "Mapping[str, float] | None" = None,
 ) -> dict[str, Any]:
-    """Returns "dense" and, for a converted model, "sparse" perplexities on the same tokens, and what sparsity was."""
+    """Returns "dense" and, for a converted model, "sparse" perplexities on the same tokens, and what sparsity was.
+
+    densities: what the layers kept on these tokens where that was counted before, None to count it here.
+    """
     from sparsify.evals.perplexity import check_sparse_protocol, perplexity
     from sparsify.evals.realised import RealisedDensity
     from sparsify.ledger import ledger_of, rest_bytes
@@ -42,7 +48,7 @@ def measure(
     with RealisedDensity(model) as counted:
         stage = progress.stage(f"{label}, sparse")
         sparse = perplexity(model, windows, protocol=protocol, batch_size=batch_size, progress=stage)
-    densities = counted.densities()
+    densities = counted.densities() if densities is None else dict(densities)
     realised = ledger.with_densities(densities)
     return result | {
         "sparse": sparse.to_dict(),

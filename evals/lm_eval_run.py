@@ -7,9 +7,10 @@ chance recover whatever the sparsity. Not covered: several processes, chat templ
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,16 +106,41 @@ def _simple_evaluate(evaluated: Any, tasks: Tasks, limit: int | None, num_fewsho
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    results = simple_evaluate(
-        model=evaluated,
-        tasks=tasks.specs,
-        task_manager=tasks.manager,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=size,
-        bootstrap_iters=_BOOTSTRAP,
-    )
+    with _git_unheard():
+        results = simple_evaluate(
+            model=evaluated,
+            tasks=tasks.specs,
+            task_manager=tasks.manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=size,
+            bootstrap_iters=_BOOTSTRAP,
+        )
     return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+@contextmanager
+def _git_unheard() -> Iterator[None]:
+    """Inside, the git that lm-eval asks for a hash says nothing: outside of a repository it is "fatal: ..."."""
+    from lm_eval import evaluator
+
+    ask = evaluator.get_git_commit_hash
+
+    def unheard() -> Any:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            return ask()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+    evaluator.get_git_commit_hash = unheard
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 def _about(name: str, task: Any, results: dict[str, Any], evaluated: Any) -> dict[str, Any]:

@@ -78,11 +78,11 @@ def perplexity(
     tokens = int(scored.sum())
     if not tokens:
         raise SparsifyError(f"windows of {windows.seq_len} tokens leave nothing to score with protocol {protocol!r}")
-    size = max(1, min(batch_size, _MAX_LOGITS // (windows.seq_len * _vocabulary(model))))
+    size = _batch_size(model, windows, batch_size)
     total = 0.0
     with _evaluating(model), torch.inference_mode():
-        for start in range(0, len(scored), size):
-            batch = windows.tokens[start : start + size].to(model.device)
+        for start, rows in zip(range(0, len(scored), size), batches_of(model, windows, batch_size), strict=True):
+            batch = rows.to(model.device)
             logits = batch_logits(model, batch, protocol)
             total += _nll(logits, batch, scored[start : start + size])
             if not math.isfinite(total):
@@ -113,6 +113,16 @@ def perplexity(
         text_sha256=windows.sha256,
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def batches_of(model: PreTrainedModel, windows: Windows, batch_size: int = 8) -> list[Tensor]:
+    """Returns the batches of tokens [B, S] in which `perplexity` runs the windows."""
+    size = _batch_size(model, windows, batch_size)
+    return [windows.tokens[start : start + size] for start in range(0, len(windows.tokens), size)]
+
+
+def _batch_size(model: PreTrainedModel, windows: Windows, most: int) -> int:
+    return max(1, min(most, _MAX_LOGITS // (windows.seq_len * _vocabulary(model))))
 
 
 def decode_logits(model: PreTrainedModel, batch: Tensor, prompt: int) -> Tensor:

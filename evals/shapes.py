@@ -62,6 +62,15 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
         },
     ),
+    # https://huggingface.co/meta-llama/Llama-3.2-3B/blob/main/config.json, without its scaled rotation
+    "llama-3.2-3b": (
+        LlamaConfig,
+        {
+            "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+            "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        },
+    ),
     # https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/config.json; its positions are 4096: longer here, so
     # that a context of 4096 tokens can be followed by more.
     "llama-2-7b": (

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sparsify.rotation import rotate as rotate
     from sparsify.runtime import dense as dense
     from sparsify.runtime import set_prefill as set_prefill
+    from sparsify.streaming.conversion import convert_streamed as convert_streamed
     from sparsify.text import Text as Text
     from sparsify.text import read_text as read_text
 
@@ -67,6 +68,7 @@ _PUBLIC = {
     "UnavailableError": "sparsify.errors",
     "Wina": "sparsify.methods.wina",
     "convert": "sparsify.conversion",
+    "convert_streamed": "sparsify.streaming.conversion",
     "dense": "sparsify.runtime",
     "ledger_of": "sparsify.ledger",
     "load": "sparsify.checkpoint",

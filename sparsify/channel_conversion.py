@@ -9,9 +9,11 @@ each linear keeps its best. auto rotates the model first where it can, and learn
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsify.allocation import Allocation, Problem, allocation_of
+from sparsify.allocation import Allocation, Choices, Problem, allocation_of
 from sparsify.budget import LinearShape
 from sparsify.calibration import Calibration, Progress
 from sparsify.compensation import compensate_means, learned_or_not, with_uncompensated
@@ -26,6 +28,8 @@ from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets, dense_weight
 from sparsify.token_layer import link_rotations, make_layer
 from sparsify.trial import TargetLinear
+
+_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,20 @@ def choose_channels(
         rotate_model(model, calibration, progress=progress)
     linears = prepare(model, targets, shapes, getattr(method, "svd", "auto"))
     choices = chooser.choices(Problem(model, method, shapes, linears, calibration, progress))
+    fits = fit_channels(model, method, linears, choices, shapes, calibration, progress)
+    return Channels(linears, fits, chooser.name, rotate)
+
+
+def fit_channels(
+    model: PreTrainedModel,
+    method: Method,
+    linears: Mapping[str, TargetLinear],
+    choices: Choices,
+    shapes: Mapping[str, LinearShape],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[str, Fit]:
+    """Returns the best of each linear's choices, fitted; linears may be those of one block only."""
     learns = bool(getattr(method, "learns_compensation", False))
     if learns:
         choices = with_uncompensated(choices, shapes)
@@ -94,8 +112,7 @@ def choose_channels(
     if not learns:
         compensate_means(model, linears, fits, calibration, progress)
     measure_errors(model, linears, fits, calibration, progress)
-    chosen = learned_or_not(model, linears, fits, calibration, progress) if learns else best(fits)
-    return Channels(linears, chosen, chooser.name, rotate)
+    return learned_or_not(model, linears, fits, calibration, progress) if learns else best(fits)
 
 
 def rotates(model: PreTrainedModel, method: Method) -> bool:
@@ -112,12 +129,14 @@ def prepare(
     """Returns the linears of `shapes` with their site and column norms."""
     sites = {name: index for index, site in enumerate(targets.sites) for name in site.names}
     modules = {name: model.get_submodule(name) for name in shapes}
-    return {
-        name: TargetLinear(
-            modules[name], sites[name], dense_weight(modules[name]).detach().double().norm(dim=0).float(), svd
-        )
-        for name in shapes
-    }
+    return {name: TargetLinear(modules[name], sites[name], _column_norms(modules[name]), svd) for name in shapes}
+
+
+def _column_norms(linear: nn.Module) -> Tensor:
+    """Returns the norms [I] of a weight's columns, summed in fp64; some columns at once, or a copy of four times the
+    weight's bytes would be the most memory that a conversion takes."""
+    parts = dense_weight(linear).detach().split(_COLUMNS, dim=1)  # type: ignore[no-untyped-call]
+    return torch.cat([part.double().norm(dim=0).float() for part in parts])
 
 
 def swap_channels(model: PreTrainedModel, channels: Channels, switch: SparsitySwitch) -> None:

@@ -24,6 +24,7 @@ from sparsify.plugin import add_sparse_layers, register
 from sparsify.preflight import check_files, check_folder, check_index, read_headers
 from sparsify.runtime import is_divided, set_prefill, sparse_layers, switch_of
 from sparsify.strict import JSON_BYTES, read_json
+from sparsify.weight_files import save_weights
 
 LEDGER = "sparsify_ledger.json"
 SETTINGS = "sparsify.yaml"
@@ -54,7 +55,7 @@ def save(
     if is_divided(model):
         raise SparsifyError("this process holds a part of the model: write it with save_pretrained, in every process")
     with new_folder(out) as staging:
-        _write(model, staging, tokenizer, source or _source(model), settings or {}, measured, budget, relufied)
+        _write(model, staging, tokenizer, source or source_name(model), settings or {}, measured, budget, relufied)
     return out
 
 
@@ -198,7 +199,7 @@ def _skeleton(folder: Path, config: SparsifyConfig) -> PreTrainedModel:
     return model
 
 
-def _source(model: PreTrainedModel) -> str:
+def source_name(model: PreTrainedModel) -> str:
     """Returns what the card calls the dense model: a hub id, or a local folder's name and not its path."""
     name = str(model.config.name_or_path)
     return Path(name).resolve().name if Path(name).is_dir() else name
@@ -218,8 +219,24 @@ def _write(
     assert isinstance(config, SparsifyConfig)
     # The checkpoint runs prompts as the model does now.
     config.prefill = switch_of(model).prefill
-    with quiet():
-        model.save_pretrained(folder)
+    save_weights(model, folder)
+    write_beside(model, folder, tokenizer, source, settings, measured, budget, relufied)
+    write_manifest(folder)
+
+
+def write_beside(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    settings: Mapping[str, Any],
+    measured: Mapping[str, Mapping[str, Any]] | None,
+    budget: str | None = None,
+    relufied: str | None = None,
+) -> None:
+    """Writes what a checkpoint has besides weights, config.json and manifest; the model may be on the meta device."""
+    config = model.config.quantization_config
+    assert isinstance(config, SparsifyConfig)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     ledger = ledger_of(model)
@@ -227,4 +244,3 @@ def _write(
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / LEDGER).write_text(json.dumps(ledger.to_dict(), indent=1) + "\n", encoding="utf-8")
     (folder / SETTINGS).write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
-    write_manifest(folder)

@@ -9,17 +9,17 @@ from sparsify import __version__
 from sparsify.allocation import Allocation
 from sparsify.calibration import Calibration, Progress
 from sparsify.channel_conversion import choose_channels, swap_channels
-from sparsify.config import CalibrationEntry, SparsifyConfig
+from sparsify.config import CalibrationEntry, LinearEntry, SparsifyConfig
 from sparsify.errors import SparsifyError
 from sparsify.linear import SparsitySwitch
-from sparsify.methods import AnyMethod, NeuronMethod, options_of
+from sparsify.methods import AnyMethod, Method, NeuronMethod, options_of
 from sparsify.methods.relu import Relu
 from sparsify.models import check_context
 from sparsify.neuron_conversion import convert_neurons
 from sparsify.plugin import attach
 from sparsify.relu_conversion import convert_relu
 from sparsify.runtime import sparse_layers
-from sparsify.targets import find_targets, linear_shapes
+from sparsify.targets import Targets, find_targets, linear_shapes
 
 
 def convert(
@@ -55,25 +55,43 @@ def convert(
         model, method, calibration, targets, shapes, allocation=allocation, rotate=rotate, progress=progress
     )
     swap_channels(model, channels, SparsitySwitch())
-    config = SparsifyConfig(
-        sparsify_version=__version__,
-        method=method.name,
-        # Not named where it is off: an older sparsify's methods do not know it.
-        method_config={
-            key: value
-            for key, value in options_of(method.bind(shapes)).items()
-            if (key, value) != ("compensate", False)
-        },
-        prefill="sparse",
-        sites=[list(site.names) for site in targets.sites],
-        left_dense=list(targets.left_dense),
-        calibration=CalibrationEntry(**calibration.fingerprint),
-        linears=channels.entries(),
+    config = channel_config(
+        method.bind(shapes),
+        calibration,
+        targets,
+        channels.entries(),
         allocation=channels.allocation,
         rotated=channels.rotated,
     )
     attach(model, config)
     return model
+
+
+def channel_config(
+    method: Method,
+    calibration: Calibration,
+    targets: Targets,
+    linears: dict[str, LinearEntry],
+    *,
+    allocation: str,
+    rotated: bool,
+) -> SparsifyConfig:
+    """Returns the configuration of a model whose channels a bound method has chosen."""
+    return SparsifyConfig(
+        sparsify_version=__version__,
+        method=method.name,
+        # Not named where it is off: an older sparsify's methods do not know it.
+        method_config={
+            key: value for key, value in options_of(method).items() if (key, value) != ("compensate", False)
+        },
+        prefill="sparse",
+        sites=[list(site.names) for site in targets.sites],
+        left_dense=list(targets.left_dense),
+        calibration=CalibrationEntry(**calibration.fingerprint),
+        linears=linears,
+        allocation=allocation,
+        rotated=rotated,
+    )
 
 
 def refuse_converted(model: PreTrainedModel) -> None:

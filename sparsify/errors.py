@@ -25,6 +25,12 @@ class UnavailableError(SparsifyError):
     exit_code = 4
 
 
+class InterruptedConversionError(SparsifyError):
+    """Ctrl-C where what was done is kept: the message says how to go on."""
+
+    exit_code = 130
+
+
 def one_line(text: str, most: int = 800) -> str:
     """Returns text that quotes a file as one short line: cut in the middle, what is not printable escaped."""
     half = most // 2

@@ -46,11 +46,16 @@ class _Manifest:
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of the files that are in the folder now."""
     found = _files(folder)
-    files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in found.items()}
+    files = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in found.items()}
     tensors = {name: tensor_checksums(path) for name, path in found.items() if name.endswith(_WEIGHTS)}
     config = read_json(found[_CONFIG], most=JSON_BYTES) if _CONFIG in found else {}
     manifest = {"version": _VERSION, "files": files, "tensors": tensors, "config": config}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def recorded_sha256(folder: Path, name: str) -> str:
+    """Returns the SHA-256 that the manifest has of a file."""
+    return _read(folder)[1][name].sha256
 
 
 def check_manifest(folder: Path) -> list[str]:
@@ -68,7 +73,7 @@ def check_manifest(folder: Path) -> list[str]:
         size = present[name].stat().st_size
         if size != entry.bytes:
             problems.append(f"{name}: {size} bytes, {entry.bytes} were written")
-        elif _sha256(present[name]) != entry.sha256:
+        elif file_sha256(present[name]) != entry.sha256:
             problems.append(f"{name}: its content was changed (SHA-256 differs)")
         else:
             continue
@@ -158,6 +163,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -134,6 +135,26 @@ def load_dense(
     rectify_named(model, model.config)
     loaded: PreTrainedModel = to_device(model, device).eval()
     return loaded
+
+
+def load_skeleton(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns load_dense's model without its memory, with all that a checkpoint says besides weights.
+
+    Unlike sparsify.skeleton's, it knows how its tensors are named on the disk and how it generates. Raises as
+    load_dense does, for a model whose weights are not here too.
+    """
+    return load_dense(spec, dtype=dtype, trust_remote_code=trust_remote_code, device_map={"": "meta"})
+
+
+def local_folder(spec: str) -> Path:
+    """Returns the folder that holds the files of a model that was loaded from `spec` just now."""
+    source = resolve_model(spec)
+    if Path(source).is_dir():
+        return Path(source)
+    config = try_to_load_from_cache(source, "config.json")
+    if not isinstance(config, str):
+        raise UnavailableError(f"{source} {_NOT_CACHED}")
+    return Path(config).parent
 
 
 def dense_config(spec: str, *, trust_remote_code: bool = False) -> Any:

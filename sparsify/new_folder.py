@@ -37,7 +37,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UnavailableError(f"{out.parent} cannot be written: {problem.strerror}") from None
     try:
         yield staging
-        _settle(staging)
+        settle(staging)
         os.rename(staging, out)
         sync(out.parent)
     except (OSError, SafetensorError) as problem:
@@ -46,7 +46,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
+    """Gives everything in a folder the permissions of the umask, and syncs it."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
@@ -56,8 +57,13 @@ def _settle(folder: Path) -> None:
     sync(folder)
 
 
-def _write_error(out: Path, problem: Exception) -> SparsifyError:
+def is_disk_full(problem: Exception) -> bool:
+    """Whether a write failed for want of room; the writer of weights has words for it, and no number."""
     number = getattr(problem, "errno", None)
-    if number in _DISK_FULL or "No space left" in str(problem) or "File too large" in str(problem):
+    return number in _DISK_FULL or "No space left" in str(problem) or "File too large" in str(problem)
+
+
+def _write_error(out: Path, problem: Exception) -> SparsifyError:
+    if is_disk_full(problem):
         return UnavailableError(f"the disk is full: {out} was not written; free some room, or give another --out")
     return UnavailableError(f"{out} could not be written: {problem}")

@@ -68,7 +68,7 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
         check_index(paths[0].parent)
     stored = read_headers(paths)
     _check_unstored(model, sum(path.stat().st_size for path in paths))
-    owners = _translated(stored, model)
+    owners = translated(stored, model)
     known = model.state_dict()
     for name, held in owners.items():
         dense = name in known and name.rpartition(".")[2] not in ADDED
@@ -83,7 +83,7 @@ def check_files(files: Sequence[str], model: PreTrainedModel) -> None:
         if last in ADDED and (tensor not in expected or layers[base]._buffers.get(last) is None):
             raise CheckpointError(f"the checkpoint holds {tensor!r}, which its quantization_config does not name")
     # Tensors that transformers merges while it reads them cannot be compared: check_loaded sees what is missing then.
-    if not _merges(model):
+    if not merges(model):
         _refuse_missing(model, [name for name in known if name not in owners])
         _refuse_unknown(model, [name for name in owners if name not in known])
     for name, held in owners.items():
@@ -97,8 +97,8 @@ def check_dense(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> N
     Raises CheckpointError for one that is missing or misshapen; what the model does not have is left to the loading.
     """
     known = model.state_dict()
-    owners = {_full_name(name, known, model): held for name, held in _translated(stored, model).items()}
-    if not _merges(model):
+    owners = {_full_name(name, known, model): held for name, held in translated(stored, model).items()}
+    if not merges(model):
         _refuse_missing(model, [name for name in known if name not in owners])
     for name, held in owners.items():
         if name in known:
@@ -180,6 +180,19 @@ def read_headers(paths: Sequence[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
+def weight_bytes(folder: Path, dtype: torch.dtype | str) -> int | None:
+    """Returns the bytes of a local folder's weights in a dtype, "auto" for as they are stored; None for other folders.
+
+    Raises CheckpointError as check_index does.
+    """
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    tensors = read_headers(check_index(folder)).values()
+    if isinstance(dtype, str):
+        return sum(tensor.end - tensor.begin for tensor in tensors)
+    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors)
+
+
 def _weight_map(index: Path, content: object) -> dict[str, str]:
     if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):
         raise CheckpointError(f"{index} cannot be read: it is not a mapping with 'metadata' and 'weight_map'")
@@ -242,26 +255,27 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     return list(get_model_conversion_mapping(model))
 
 
-def _merges(model: PreTrainedModel) -> bool:
+def merges(model: PreTrainedModel) -> bool:
+    """Whether transformers makes tensors of this model from several of a file, as it does for many experts."""
     from transformers.core_model_loading import WeightRenaming
 
     return any(not isinstance(conversion, WeightRenaming) for conversion in _conversions(model))
 
 
-def _translated(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> dict[str, StoredTensor]:
+def translated(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Returns the tensors by module names: some families (Gemma 3 with vision) have other names on the disk."""
     from transformers.core_model_loading import WeightRenaming
 
     renamings = [conversion for conversion in _conversions(model) if isinstance(conversion, WeightRenaming)]
-    translated: dict[str, StoredTensor] = {}
+    found: dict[str, StoredTensor] = {}
     for tensor in stored.values():
         name = tensor.name
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
-        if name in translated:
-            raise CheckpointError(f"{tensor.name!r} and {translated[name].name!r} are both {name!r}: refused")
-        translated[name] = tensor
-    return translated
+        if name in found:
+            raise CheckpointError(f"{tensor.name!r} and {found[name].name!r} are both {name!r}: refused")
+        found[name] = tensor
+    return found
 
 
 def _check_layer(name: str, layer: SparseLinear | SparseConv1D, owners: Mapping[str, StoredTensor]) -> None:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsify.budget import LinearShape
 from sparsify.calibration import hooked
 from sparsify.errors import SparsifyError
-from sparsify.linear import is_linear
+from sparsify.linear import SparseLayer, is_linear
 from sparsify.short_forward import is_expert_weight, run_short, same_place
 
 
@@ -100,7 +100,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and any(is_linear(m) for m in module.modules())
+        if isinstance(module, nn.ModuleList) and len(module) and any(map(_is_converted_or_linear, module.modules()))
     ]
     # A model with a vision tower has several lists: the decoder's are in it, its length in the text configuration.
     inside = set(decoder_of(model).modules())
@@ -114,6 +114,10 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     # Of nested lists the outer one is named first.
     return candidates[0]
+
+
+def _is_converted_or_linear(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, SparseLayer)
 
 
 def _is_router(model: PreTrainedModel, linear: nn.Module) -> bool:

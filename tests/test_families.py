@@ -332,3 +332,20 @@ def test_a_vision_tower_stays_out_of_the_ledger(dense: Dense) -> None:
     expected = 4 * (sum(parameter.numel() for parameter in decoder.parameters()) - linears)
     assert model.get_output_embeddings().weight is embedding
     assert sparsify.ledger_of(model).rest_bytes == expected
+
+
+def test_block_by_block_it_is_the_same_checkpoint(dense: Dense, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    family = request.node.callspec.params["dense"]
+    dense.model.save_pretrained(tmp_path / "dense")
+    method = METHODS["wina"]
+    if family in MOE:
+        with pytest.raises(sparsify.SparsifyError, match="experts transformers merges"):
+            sparsify.convert_streamed(str(tmp_path / "dense"), tmp_path / "out", method, dense.calibration)
+        return
+    sparsify.convert_streamed(str(tmp_path / "dense"), tmp_path / "streamed", method, dense.calibration)
+    model = sparsify.load_dense(str(tmp_path / "dense"))
+    sparsify.save(sparsify.convert(model, method, dense.calibration), tmp_path / "whole")
+    files = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("streamed", "whole")
+    }
+    assert files["streamed"] == files["whole"]

@@ -149,6 +149,19 @@ def test_a_checkpoint_at_sparsity_0_scores_exactly_as_the_dense_model(
     assert not any(s.get("documents_changed") for s in zero["scores"])
 
 
+def test_git_says_nothing_outside_of_a_repository(
+    tiny_sparse: Path,
+    own_tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    _run(tiny_sparse, load_tasks(["sums"], include_path=own_tasks), limit=1)
+    assert "not a git repository" not in capfd.readouterr().err
+
+
 def test_only_the_dense_side(tiny_sparse: Path, own_tasks: Path) -> None:
     result = _run(tiny_sparse, load_tasks(["sums"], include_path=own_tasks), only_dense=True)
     assert set(result["lm_eval"]) == {"dense"}
