@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sparsify.cli.conversion import check_out
+from sparsify.cli.conversion import check_model, check_out
 from sparsify.cli.finetune_card import CURVES, render_card
 from sparsify.cli.finetune_measure import Texts, convert_finetuned, measure_finetuned, read_texts
 from sparsify.cli.finetune_view import FinetuneView
@@ -90,16 +90,12 @@ def _folders(settings: "FinetuneSettings") -> tuple[Path, Path | None, Path]:
 
 
 def _model_and_text(settings: "FinetuneSettings") -> tuple[str, str]:
-    from sparsify.models import resolve_model
-
-    if settings.model is None:
-        raise SparsifyError("no MODEL: give a folder, a hub id, an alias or reference, or `model:` in --config")
+    spec = check_model(settings.model)
     if settings.text is None:
         raise SparsifyError(
             "no --text to train on: give a text file, hf:DATASET:CONFIG:SPLIT, or stdlib:library for reference"
         )
-    resolve_model(settings.model)
-    return settings.model, settings.text
+    return spec, settings.text
 
 
 def _check_matplotlib() -> None:
