@@ -1,5 +1,6 @@
 """One conversion from its settings: checked, calibrated, converted, measured, saved."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -296,7 +297,8 @@ def describe(config: "SparsifyConfig") -> dict[str, Any]:
         "prefill": config.prefill,
         "calibration": asdict(config.calibration),
         "low_rank_linears": sum(entry.rank > 0 for entry in entries.values()),
-        "mean_error": sum(entry.error for entry in entries.values()) / len(entries),
+        # The same whatever the order: a configuration that was read from its file is in another.
+        "mean_error": math.fsum(entry.error for entry in entries.values()) / len(entries),
         "svd": _sketched(config),
         "worst_error": {"linear": worst, "error": entries[worst].error},
     }

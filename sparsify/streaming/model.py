@@ -162,6 +162,8 @@ class BlockwiseModel:
         # Of the right shape, dtype and device, in the memory of one row.
         row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=self.device)
         self.embedding.weight = nn.Parameter(row.expand(weight.shape), requires_grad=False)
+        # As transformers marks what it read: a scaled embedding's other buffers are still to be computed.
+        self.embedding.weight._is_hf_initialized = True
         self.embedding.forward = self._passing_embedding
         try:
             yield
