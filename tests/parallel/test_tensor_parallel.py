@@ -29,6 +29,9 @@ from sparsify.methods.teal import Teal
 from sparsify.methods.topk import TopK
 from sparsify.methods.wina import Wina
 
+# Each launch takes the imports of its processes.
+pytestmark = pytest.mark.slow
+
 _SCRIPT = Path(__file__).with_name("divided_models.py")
 # fp32 sums in another order; a channel that sat so near its threshold that it is kept in one and dropped in the other
 # would show a hundred times as much.
