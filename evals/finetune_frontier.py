@@ -121,7 +121,7 @@ def save_frontier_plot(points: list[dict[str, Any]], law: SparsityLaw | None, de
         name = "ReLU" if point["method"] == "relu" else f"λ {point['lambda']:g}"
         shade = 0.3 + 0.7 * number / max(1, len(points) - 1)
         right.plot(x, y, marker="o", markersize=4, color=_COLOURS["line"], alpha=shade, linewidth=1)
-        right.annotate(name, (x[-1], y[-1]), xytext=(4, 2), textcoords="offset points", fontsize=7)
+        right.annotate(name, (x[0], y[0]), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center")
     right.axhline(dense, color=_COLOURS["relu"], linewidth=1, label="dense, same tokens")
     right.axhline(1.05 * dense, color=_COLOURS["relu"], linewidth=1, linestyle="--", label="5% above")
     right.set_xlabel("zeros that enter down, %")
