@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from sparsify.allocation import Allocation
     from sparsify.calibration import Calibration
-    from sparsify.conversion_cost import Load, ModelSize
+    from sparsify.conversion_cost import Load
     from sparsify.methods import AnyMethod
+    from sparsify.model_size import ModelSize
     from sparsify.plan import ConversionPlan, Range
     from sparsify.skeleton import Skeleton
 
@@ -59,7 +60,7 @@ def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
     """
     import torch
 
-    from sparsify.conversion_cost import model_size
+    from sparsify.model_size import model_size
     from sparsify.skeleton import read_skeleton
 
     started = time.monotonic()
@@ -233,6 +234,7 @@ def _cost(
     problem = _not_streamed(asked, planned)
     memory = {
         "peak": max(stage.bytes for stage in stages),
+        "needed": max(stage.needed for stage in stages),
         "streamed_peak": None if problem else streamed_peak(size, planned.shapes, ranks, svd, load),
         "not_streamed": problem,
         "available": available_memory(device),
@@ -281,10 +283,10 @@ def _verdict(found: dict[str, Any], asked: _Asked) -> dict[str, Any]:
     memory, checkpoint = found["memory"], found["checkpoint"]
     available, said = memory["available"], []
     room = checkpoint["disk_free"] >= checkpoint["bytes"][1]
-    in_memory = available is None or memory["peak"] <= available
+    in_memory = available is None or memory["needed"] <= available
     if not in_memory:
         said.append(
-            f"It needs {byte_count(memory['peak'])} of memory and {byte_count(available)} are available on "
+            f"It needs {byte_count(memory['needed'])} of memory and {byte_count(available)} are available on "
             f"{memory['of']}."
         )
         streamed = memory["streamed_peak"]

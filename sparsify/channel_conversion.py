@@ -29,7 +29,7 @@ from sparsify.targets import Targets, dense_weight
 from sparsify.token_layer import link_rotations, make_layer
 from sparsify.trial import TargetLinear
 
-_COLUMNS = 512
+_COLUMNS = 256
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Swap:
         register()
         found = self._modules.get(mlp.down)
         self.model.set_submodule(mlp.activation, ACT2FN[self.how.hidden_act] if found is None else found)
-        activation = self.model.get_submodule(mlp.activation)
+        activation = self.model.get_submodule(mlp.activation).to(self.model.device, self.model.dtype)
         if isinstance(activation, NeedsRectified):
             activation.is_complete = True
         if self.how.activation == "drelu":

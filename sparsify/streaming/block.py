@@ -10,6 +10,7 @@ from sparsify.conversion import channel_config
 from sparsify.linear import SparsitySwitch
 from sparsify.methods import Method
 from sparsify.runtime import sparse_layers
+from sparsify.streaming.memory import give_back
 from sparsify.streaming.model import BlockwiseModel
 from sparsify.targets import linear_shapes
 
@@ -44,14 +45,17 @@ class BlockConverter:
             run_batches(model, self.calibration.tokens, "carry", None)
             return {}
         linears = prepare(model, self.targets, shapes, getattr(self.bound, "svd", "auto"))
+        give_back()
         choices = {name: self._choices[name] for name in shapes if name in self._choices} or self.allocation.choices(
             Problem(model, self.bound, shapes, linears, self.calibration)
         )
         fits = fit_channels(model, self.bound, linears, choices, shapes, self.calibration, None)
+        give_back()
         channels = Channels(linears, fits, self.allocation.name, rotated=False)
         entries = channels.entries()
         with torch.no_grad():
             swap_channels(model, channels, self._switch)
+        give_back()
         for name, layer in sparse_layers(model).items():
             layer.density = entries[name].density
         return entries

@@ -38,6 +38,7 @@ from sparsify.runtime import dense, switch_of
 from sparsify.streaming.block import BlockConverter
 from sparsify.streaming.carried import Carried, CarriedRecord, States, reopen
 from sparsify.streaming.interruption import Interruption
+from sparsify.streaming.memory import give_back
 from sparsify.streaming.model import BlockwiseModel
 from sparsify.streaming.partial import Journal, Partial, Unit
 from sparsify.streaming.shards import Shards
@@ -263,6 +264,7 @@ class _Run:
         for states in (*before.values(), *after.values()):
             states.close()
         self.partial.commit(journal)
+        give_back()
 
     def _carried(self, journal: Journal) -> dict[str, Carried]:
         return {

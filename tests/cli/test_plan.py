@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from sparsify.cli.convert import convert
 from sparsify.cli.plan import plan
-from sparsify.conversion_cost import Rates
+from sparsify.svd_cost import Rates
 
 Run = Any
 LLAMA_2_7B: dict[str, Any] = {

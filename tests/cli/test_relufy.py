@@ -171,6 +171,17 @@ def test_a_model_without_a_counterpart_is_refused_before_any_work(
     assert run("convert", tanh, "--method", "relufy", "--dry-run", *quick).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--activation", "drelu", "--after-norms"], ["--activation", "fatrelu"], ["--activation", "polynorm", "--plain"]],
+    ids=["drelu", "fatrelu", "dense"],
+)
+def test_a_dry_run_plans_it_without_weights(run: Run, dense_model: Path, quick: list[str], flags: list[str]) -> None:
+    result = run("convert", dense_model, "--method", "relufy", *flags, "--dry-run", "--format", "json", *quick)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["dry_run"] is True
+
+
 def test_inspect_counts_neurons(run: Run, dense_model: Path, text_file: Path, tmp_path: Path, quick: list[str]) -> None:
     out = tmp_path / "o"
     assert run("convert", dense_model, "--method", "relufy", "--out", out, *quick).exit_code == 0

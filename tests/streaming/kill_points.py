@@ -56,7 +56,7 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def main(model: Path, work: Path, limit: int) -> None:
+def main(model: Path, work: Path, limit: int, begin: int = 1) -> None:
     """limit: the largest model that is one file. Of a single file only the points of its making are tried."""
     sparsify.weight_files.SINGLE_FILE_BYTES = limit
     setting = Setting(model, sparsify.Teal(sparsity=0.5), random_tokens(windows=1, length=8))
@@ -77,11 +77,12 @@ def main(model: Path, work: Path, limit: int) -> None:
         setting.stream(work / "counted" / "out")
         (work / "events").write_text(json.dumps(events))
 
+    (work / "counted").mkdir()
     assert in_child(count) == 0
     events = json.loads((work / "events").read_text())
     first = events.index("assemble")
     events.remove("assemble")
-    points = range(1 if limit == 0 else first + 1, len(events) + 1)
+    points = range(begin if limit == 0 else first + 1, len(events) + 1)
     problems = [problem for point in points if (problem := try_point(setting, work / str(point), point, whole))]
     named = [f"{events[int(problem.split()[0]) - 1]}: {problem}" for problem in problems]
     digest = hashlib.sha256(b"".join(name.encode() + whole[name] for name in sorted(whole))).hexdigest()
@@ -106,14 +107,15 @@ def try_point(setting: Setting, folder: Path, point: int, whole: dict[str, bytes
     status = in_child(convert)
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
         return f"{point} was not killed"
-    if (folder / "out").exists() and not list(folder.glob(".*")):
-        # Killed after everything: there is nothing left to resume.
-        pass
-    elif in_child(lambda: setting.stream(folder / "out", resume=True) and None) != 0:
+    finished = contents(folder).items() >= whole.items()
+    resumed = in_child(lambda: setting.stream(folder / "out", resume=True) and None) == 0
+    # Killed when only leftovers were to be removed: a resume says that the folder is there, and removes them.
+    if not resumed and not finished:
         return f"{point} was not resumed"
-    return None if contents(folder) == whole else f"{point} left other files"
+    left = contents(folder) != whole or [path.name for path in folder.iterdir()] != ["out"]
+    return f"{point} left other files" if left else None
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -46,6 +46,7 @@ def stopped(setting: Setting, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 5_000_000_000], ids=["shards", "one-file"])
 def test_a_kill_at_every_write_point_is_resumed_to_the_same_bytes(repository: Path, tmp_path: Path, limit: int) -> None:
     model = random_llama(tmp_path / "tiny")
