@@ -7,11 +7,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from sparsify.cli.finetune_run import is_main_process, run_finetune
+from sparsify.cli.finetune_run import run_finetune
 from sparsify.cli.finetune_view import FinetuneView
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, make_table, percent, seconds
 from sparsify.cli.settings import parse_rho
 from sparsify.errors import SparsifyError
+from sparsify.launch import launched_index
 
 
 def register(app: typer.Typer) -> None:
@@ -166,7 +167,7 @@ def finetune(
             values = {name: value for name, value in values.items() if name not in ("tokens", "steps")}
         values |= more
     settings = FinetuneSettings().updated(values, source="settings")
-    with output.working(), FinetuneView(quiet=not is_main_process()) as view:
+    with output.working(), FinetuneView(quiet=launched_index() > 0) as view:
         result = run_finetune(settings, view)
     if result is not None:
         output.emit(result, lambda console: _render(console, result))

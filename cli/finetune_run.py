@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -70,11 +69,6 @@ def run_finetune(settings: "FinetuneSettings", view: FinetuneView) -> dict[str, 
             model, tokenizer, texts.calibration, sparse_out, spec, float(shift), settings
         )
     return result | {"seconds": time.monotonic() - started}
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes, of those that accelerate or torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _folders(settings: "FinetuneSettings") -> tuple[Path, Path | None, Path]:

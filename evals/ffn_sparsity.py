@@ -3,11 +3,15 @@
 The mean over layers and tokens of the zeros in x₁ = σ(gate x)·up x, every token of the windows, at FATReLU's t: an
 activation counts where it is above t, else it is 0 in the forward, too (ProSparse, arXiv 2402.13516 eq. 4). t is
 compared in fp32, as the converted checkpoint does it. Not covered: what these zeros save, which is the ledger's.
+
+    python -m sparsify.evals.ffn_sparsity MODEL --shifts 0,0.32,0.64 --windows 64  # one line of JSON for each shift
 """
 
+import argparse
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +19,13 @@ from transformers import PreTrainedModel
 
 from sparsify.calibration import hooked
 from sparsify.evals.perplexity import perplexity
+from sparsify.methods.relu import Relu
+from sparsify.models import load_dense, load_tokenizer
 from sparsify.neuron_cut import Mlp
-from sparsify.text import Windows
+from sparsify.relu_conversion import find_relu_mlps
+from sparsify.targets import find_targets
+from sparsify.text import Windows, read_text
+from sparsify.text import windows as windows_of
 
 # The paper's t, and what no activation of a model that is worth cutting is below.
 _FIRST_SHIFT, _LAST_SHIFT = 0.01, 100.0
@@ -78,3 +87,24 @@ def largest_shift(
             return points[-2].shift, points
         shift *= 2.0
     return points[-1].shift, points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model with ReLU, as `sparsify finetune` writes it")
+    parser.add_argument("--shifts", default="0,0.01", help="t of FATReLU, several")
+    parser.add_argument("--text", default="stdlib:evaluation")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    args = parser.parse_args()
+    model = load_dense(args.model)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    mlps = find_relu_mlps(model, Relu(), find_targets(model, tokens), tokens)
+    text = windows_of(read_text(args.text), load_tokenizer(args.model), seq_len=args.seq_len, limit=args.windows)
+    for shift in args.shifts.split(","):
+        point = ffn_sparsity(model, mlps, text, float(shift))
+        print(json.dumps({"model": args.model, "mean": point.mean} | asdict(point)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
