@@ -114,14 +114,13 @@ def save_frontier_plot(points: list[dict[str, Any]], law: SparsityLaw | None, de
     left.set_xlabel("λ of the last stage")
     left.set_ylabel("zeros that enter down, %")
     left.legend(frameon=False, fontsize=8)
-    # A run of the same colour from pale to dark, so that λ can be read off without a key for each.
+    # From pale to dark; the runs lie too close to be named in their places.
     for number, point in enumerate(points):
         kept = [one for one in point["shifts"] if one["perplexity"] <= _HIGHEST * dense]
         x, y = [100 * one["sparsity"] for one in kept], [one["perplexity"] for one in kept]
         name = "ReLU" if point["method"] == "relu" else f"λ {point['lambda']:g}"
         shade = 0.3 + 0.7 * number / max(1, len(points) - 1)
-        right.plot(x, y, marker="o", markersize=4, color=_COLOURS["line"], alpha=shade, linewidth=1)
-        right.annotate(name, (x[0], y[0]), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center")
+        right.plot(x, y, marker="o", markersize=4, color=_COLOURS["line"], alpha=shade, linewidth=1, label=name)
     right.axhline(dense, color=_COLOURS["relu"], linewidth=1, label="dense, same tokens")
     right.axhline(1.05 * dense, color=_COLOURS["relu"], linewidth=1, linestyle="--", label="5% above")
     right.set_xlabel("zeros that enter down, %")
