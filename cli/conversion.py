@@ -14,7 +14,14 @@ from sparsify.cli.loading import pick_device
 from sparsify.cli.measurement import measure
 from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p, convert_ppl_p
 from sparsify.cli.progress import Progress
-from sparsify.cli.relufy_conversion import is_relufy, relufy_model, said_of, save_plain, settle_relufy
+from sparsify.cli.relufy_conversion import (
+    cut_of,
+    is_relufy,
+    relufication_of,
+    relufy_model,
+    said_of,
+    settle_relufy,
+)
 from sparsify.cli.settings import ConvertSettings
 from sparsify.errors import SparsifyError, UnavailableError
 
@@ -33,6 +40,8 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     """Converts and saves; what can be wrong cheaply is checked first. Returns what the command reports."""
     from sparsify import checkpoint
     from sparsify.ledger import ledger_of
+    from sparsify.methods.relu import Relu
+    from sparsify.plain_checkpoint import save_plain
     from sparsify.runtime import set_prefill
 
     started = time.monotonic()
@@ -51,25 +60,27 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     # No process may look for `out` after the first has made it.
     processes.wait()
 
-    relufied: dict[str, Any] | None = None
-
     def make() -> "PreTrainedModel":
-        nonlocal relufied
-        model = _load_dense(spec, settings, device, progress)
-        if is_relufy(asked):
-            relufied = relufy_model(model, asked, calibration, windows, progress)
-        return model
+        return _load_dense(spec, settings, device, progress)
 
     source = source_of(spec)
-    if asked.plain:
+    relufied: dict[str, Any] | None = None
+    if is_relufy(asked):
         model = make()
+        relufied = relufy_model(model, asked, calibration, windows, progress)
+        if not asked.plain and asked.activation == "fatrelu":
+            assert isinstance(method, Relu)
+            method = replace(method, cut=cut_of(model))
+    if asked.plain:
         assert relufied is not None
         progress.note(f"writing {out}")
-        save_plain(model, out, tokenizer, source, said_of(relufied))
+        how = relufication_of(asked)
+        save_plain(model, out, tokenizer, how=how, source=source, said=said_of(relufied))
         report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
         return report | {"relufied": relufied, "ledger": None, "measured": None, "budget": None}
     if method is not None and allocation is not None:
-        model, met = meet_budget(settings, make, method, allocation, calibration, held_out, progress)
+        made = make if relufied is None else lambda: model
+        model, met = meet_budget(settings, made, method, allocation, calibration, held_out, progress)
     else:
         assert held_out is not None
         model, met = convert_ppl_p(settings, make, calibration, held_out, progress)
@@ -82,11 +93,11 @@ def run_conversion(settings: ConvertSettings, progress: Progress) -> dict[str, A
     measured = _measure(model, windows, progress) if windows is not None else None
     progress.note(f"writing {out}")
     card = card_rows(measured) if measured is not None else None
-    how = None if relufied is None else said_of(relufied)
+    said = None if relufied is None else said_of(relufied)
     # As settled, so that defaults of another version change nothing; relufy is what was asked for, not its relu.
-    settled = asdict(replace(settings, method=asked.method))
+    settled = asdict(replace(settings, method=asked.method, cut=asked.cut, cett=asked.cett))
     checkpoint.save(
-        model, out, tokenizer, source=source, settings=settled, measured=card, budget=met.said, relufied=how
+        model, out, tokenizer, source=source, settings=settled, measured=card, budget=met.said, relufied=said
     )
     processes.wait()
     report = {"model": spec, "out": str(out), "dry_run": False, "seconds": time.monotonic() - started}
@@ -127,7 +138,7 @@ def configure(settings: ConvertSettings) -> "AnyMethod":
         raise SparsifyError(
             f"method {about.name} chooses neurons by a prompt that runs dense: leave --prefill out, or set it to dense"
         )
-    names = ("rho", "score", "recipe", "rotation", "cut", "svd")
+    names = ("rho", "score", "recipe", "rotation", "cut", "cett", "svd")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     if settings.compensate:
         given["compensate"] = True

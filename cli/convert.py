@@ -32,7 +32,10 @@ def convert(
         typer.Argument(metavar="MODEL", help="A folder, a hub id, an alias such as llama-3-8b, or reference."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; it must not exist.", metavar="DIR")] = None,
-    method: Annotated[str | None, typer.Option(help="See `sparsify methods`.", show_default=_DEFAULTS.method)] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="See `sparsify methods`; relufy puts ReLU in first.", show_default=_DEFAULTS.method),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -121,8 +124,31 @@ def convert(
             show_default="0, which loses nothing",
         ),
     ] = None,
+    cett: Annotated[
+        float | None,
+        typer.Option(
+            help="relu: in the place of --cut, the share of each MLP's output that its cut may drop, in [0, 1).",
+            metavar="SHARE",
+        ),
+    ] = None,
     activation: Annotated[
-        str | None, typer.Option(help="relufy: what takes the activation's place, relu or relu2.", show_default="relu")
+        str | None,
+        typer.Option(
+            help="relufy: what takes the activation's place: relu, relu2, fatrelu, shifted_relu, drelu, polyrelu, "
+            "polynorm or crrelu.",
+            show_default="relu",
+        ),
+    ] = None,
+    after_norms: Annotated[
+        bool | None, typer.Option("--after-norms", help="relufy: ReLU after the norms, too (stage 2).")
+    ] = None,
+    zeros: Annotated[
+        float | None,
+        typer.Option(
+            help="relufy: share of zeros that shifted_relu is to leave.",
+            metavar="SHARE",
+            show_default="the shift of least error",
+        ),
     ] = None,
     reconstruct: Annotated[
         int | None,
@@ -150,7 +176,7 @@ def convert(
         ),
     ] = None,
     plain: Annotated[
-        bool | None, typer.Option("--plain", help="relufy: write an ordinary checkpoint, without sparse layers.")
+        bool | None, typer.Option("--plain", help="relufy: write a dense checkpoint, without sparse layers.")
     ] = None,
     rotation: Annotated[
         str | None,
@@ -237,7 +263,8 @@ def convert(
         "model": model, "out": out, "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase,
         "speedup": speedup, "held_out": held_out, "cost_table": cost_table, "allocation": allocation,
         "allocation_state": allocation_state, "rho": parse_rho(rho), "score": score, "recipe": recipe,
-        "svd": svd, "compensate": compensate, "cut": cut, "activation": activation,
+        "svd": svd, "compensate": compensate, "cut": cut, "cett": cett, "activation": activation,
+        "after_norms": after_norms, "zeros": zeros,
         "reconstruct": reconstruct, "reconstruct_inputs": reconstruct_inputs,
         "reconstruct_weighting": reconstruct_weighting, "reconstruct_zeros": reconstruct_zeros,
         "reconstruct_state": reconstruct_state, "plain": plain, "rotation": rotation, "rotate": rotate,
@@ -254,7 +281,7 @@ def convert(
     settings = base.updated(flags, source="flags")
     with output.working(), Progress() as progress:
         if dry_run:
-            result = plan_settings(settings, progress)
+            result = plan_settings(settings, progress, stream=stream or resume)
         elif stream or resume:
             result = run_streamed(settings, progress, resume=resume)
         else:

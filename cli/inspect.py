@@ -8,17 +8,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sparsify.cli.inspect_neurons import WINDOW as _WINDOW
+from sparsify.cli.inspect_neurons import WINDOWS as _WINDOWS
+from sparsify.cli.inspect_neurons import inspect_neurons, positions_of
 from sparsify.cli.ledger_view import ledger_totals, print_left_dense, totals_table
 from sparsify.cli.loading import TrustOption, identify, is_converted, load
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, common_prefix, make_table, percent
 from sparsify.cli.progress import Progress
 from sparsify.cli.sites import describe_sites, sites_table
+from sparsify.errors import SparsifyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What --activations runs: enough tokens for histograms, few enough for a minute.
-_WINDOWS, _WINDOW = 8, 512
 # Windows and their tokens that an estimate runs.
 _ESTIMATED = (4, 128)
 
@@ -37,6 +39,13 @@ def inspect(
             help="Collect what `sparsify report` draws of a checkpoint's activations on this text; with --save.",
         ),
     ] = None,
+    neurons: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Instead: what the neurons of its MLPs do on this text: zeros, dead ones, which are on together.",
+        ),
+    ] = None,
     estimate: Annotated[
         bool,
         typer.Option("--estimate/--no-estimate", help="Run a dense model on a short text: how sparse it could be."),
@@ -52,10 +61,18 @@ def inspect(
     could be, by output error on a few windows of text; with --no-estimate no
     weight is read.
 
+    With --neurons, of either: the natural zeros of each MLP on a text (the
+    dynamic dead-neuron rate, AP), neurons that are never on, and co-activation.
+
     [dim]$[/] sparsify inspect reference-50
     [dim]$[/] sparsify inspect reference
+    [dim]$[/] sparsify inspect reference-relu --neurons stdlib:evaluation
     """
     output = Output(format, save)
+    if neurons is not None:
+        if activations is not None:
+            raise SparsifyError("--activations and --neurons are two looks at a text: give one of them")
+        return inspect_neurons(model, neurons, output, trust_remote_code)
     if activations is not None:
         return _inspect_activations(model, activations, output, trust_remote_code)
     with output.working(), Progress() as progress:
@@ -79,7 +96,6 @@ def inspect(
 def _estimate(spec: str, model: "PreTrainedModel", progress: Progress, trust_remote_code: bool) -> dict[str, Any]:
     """Returns how sparse a dense model could be by output error, or, under "problem", why that was not estimated."""
     from sparsify.calibration import Calibration
-    from sparsify.errors import SparsifyError
     from sparsify.evals.headroom import headroom
     from sparsify.models import load_tokenizer
     from sparsify.text import read_text
@@ -90,7 +106,7 @@ def _estimate(spec: str, model: "PreTrainedModel", progress: Progress, trust_rem
         # A model without a tokenizer can still be looked at.
         return {"problem": str(problem)}
     sequences, length = _ESTIMATED
-    length = min(length, _positions(model))
+    length = min(length, positions_of(model))
     text = read_text("stdlib:calibration")
     calibration = Calibration.from_text(text, tokenizer, sequences=sequences, seq_len=length)
     kinds = [asdict(kind) for kind in headroom(model, calibration, progress)]
@@ -106,17 +122,11 @@ def _inspect_activations(model: str, text: str, output: Output, trust_remote_cod
 
         source = read_text(text)
         loaded = load(model, progress, trust_remote_code=trust_remote_code)
-        length = min(_WINDOW, _positions(loaded.model))
+        length = min(_WINDOW, positions_of(loaded.model))
         cut = windows(source, loaded.tokenizer, seq_len=length, limit=_WINDOWS)
         about = {"model": model, "checkpoint_sha256": identify(loaded.model)}
         result = about | collect_activations(loaded.model, cut, progress) | environment(loaded.model.device)
     output.emit(result, lambda console: _render_activations(console, result))
-
-
-def _positions(model: "PreTrainedModel") -> int:
-    """Returns how many tokens the model takes; our longest window where it does not say."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else _WINDOW
 
 
 def _render_activations(console: Console, result: dict[str, Any]) -> None:
@@ -205,7 +215,8 @@ def _render_checkpoint(console: Console, result: dict[str, Any]) -> None:
     )
     if result["neurons"] is not None:
         neurons = result["neurons"]
-        console.print(f"Neurons are chosen by {neurons['cut']} in {len(neurons['mlps'])} MLPs")
+        console.print(f"Neurons are chosen by {neurons['cut']} in {len(neurons['mlps'])} MLPs; what they do on a text:")
+        console.print(f"sparsify inspect {result['model']} --neurons TEXT", markup=False, soft_wrap=True)
     console.print()
     console.print(totals_table(result["ledger"]))
     console.print(_linears_table(result["linears"]))

@@ -25,7 +25,7 @@ from sparsify.launch import launched_count
 # along under names that changed with its versions, and re-exports only the first.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 # The commands that several processes run together, and the one that runs another tool in each.
-_TOGETHER = ("convert", "sweep", "compare", "exec")
+_TOGETHER = ("convert", "sweep", "compare", "finetune", "exec")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -16,9 +16,9 @@ from sparsify.cli.relufy_conversion import RELUFY
 _WAYS = (
     {
         "name": f"{RELUFY}, {RELUFY}+METHOD",
-        "summary": "ReLU in the place of the model's activation, MLPs fitted with --reconstruct; then relu",
+        "summary": "A kind of ReLU in the place of the model's activation, MLPs fitted with --reconstruct; then relu",
         "paper": "ReLU Strikes Back, Mirzadeh et al. 2023, arXiv 2310.04564",
-        "options": ["activation", "reconstruct", "plain", "cut"],
+        "options": ["activation", "after-norms", "reconstruct", "plain", "cut", "cett", "zeros"],
     },
     {
         "name": PPL_P,

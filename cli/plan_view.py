@@ -66,9 +66,9 @@ def _render_summary(console: Console, result: dict[str, Any]) -> None:
     streamed = memory["streamed_peak"]
     block_by_block = f"{byte_count(streamed)} block by block (--stream)" if streamed is not None else "no streaming"
     said.append(
-        f"Memory: {byte_count(memory['peak'])} at the peak, {block_by_block}; {byte_count(memory['available'])} "
-        f"available on {memory['of']}. Disk: {byte_count(result['checkpoint']['bytes'][1])}, "
-        f"{byte_count(result['checkpoint']['disk_free'])} free."
+        f"Memory: {byte_count(memory['peak'])} at the peak{_idle(memory)}, {block_by_block}; "
+        f"{byte_count(memory['available'])} available on {memory['of']}. Disk: "
+        f"{byte_count(result['checkpoint']['bytes'][1])}, {byte_count(result['checkpoint']['disk_free'])} free."
     )
     if result["unread"] is not None:
         said.append(f"Not checked, the text: {result['unread']}.")
@@ -77,3 +77,8 @@ def _render_summary(console: Console, result: dict[str, Any]) -> None:
         console.print("[bold]It fits here.[/] Nothing was read of the weights, and nothing was written.")
         return
     console.print(f"[bold]It does not fit here.[/] {escape(' '.join(verdict['said']))} Nothing was written.")
+
+
+def _idle(memory: dict[str, Any]) -> str:
+    idle = memory["peak"] - memory["needed"]
+    return f" ({byte_count(idle)} of it file pages that the system can drop)" if idle > 0.01 * memory["peak"] else ""

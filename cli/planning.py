@@ -16,7 +16,7 @@ from sparsify.cli.conversion import allocate, check_model, check_out, configure,
 from sparsify.cli.loading import pick_device
 from sparsify.cli.ppl_p_conversion import PPL_P, check_ppl_p
 from sparsify.cli.progress import Progress
-from sparsify.cli.relufy_conversion import is_relufy, settle_relufy
+from sparsify.cli.relufy_conversion import is_relufy, relufication_of, settle_relufy
 from sparsify.cli.settings import ConvertSettings
 from sparsify.cli.sites import describe_sites
 from sparsify.errors import SparsifyError, UnavailableError
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from sparsify.allocation import Allocation
     from sparsify.calibration import Calibration
-    from sparsify.conversion_cost import Load, ModelSize
+    from sparsify.conversion_cost import Load
     from sparsify.methods import AnyMethod
+    from sparsify.model_size import ModelSize
     from sparsify.plan import ConversionPlan, Range
     from sparsify.skeleton import Skeleton
 
@@ -52,19 +53,22 @@ class _Asked:
     spec: str
 
 
-def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
+def plan_settings(given: ConvertSettings, progress: Progress, *, stream: bool = False) -> dict[str, Any]:
     """Returns the plan of the conversion that the settings ask for; nothing is calibrated or written.
 
+    stream: of the one that has one block in memory.
     Raises SparsifyError as the conversion does for what can be known by now.
     """
     import torch
 
-    from sparsify.conversion_cost import model_size
+    from sparsify.model_size import model_size
     from sparsify.skeleton import read_skeleton
 
     started = time.monotonic()
     asked = _settle(given)
     settings = asked.settings
+    if stream and (problem := _not_streamed(asked)) is not None:
+        raise SparsifyError(problem)
     out = None if settings.out is None else check_out(settings.out)
     calibration, unread = _texts(asked, progress)
     skeleton = read_skeleton(asked.spec, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
@@ -77,6 +81,7 @@ def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
     found = {
         "model": asked.spec,
         "dry_run": True,
+        "stream": stream,
         "settings": asdict(given),
         "read_from": skeleton.read_from,
         "dtype": str(skeleton.model.dtype).removeprefix("torch."),
@@ -91,7 +96,9 @@ def plan_settings(given: ConvertSettings, progress: Progress) -> dict[str, Any]:
     }
     found["checkpoint"] = _checkpoint(planned, skeleton, out)
     found["memory"], found["time"] = _cost(asked, planned, size, load)
-    return found | {"verdict": _verdict(found, asked)}
+    if stream:
+        _add_room(found["checkpoint"], size, load)
+    return found | {"verdict": _verdict(found)}
 
 
 def _settle(given: ConvertSettings) -> _Asked:
@@ -133,11 +140,11 @@ def _plan(asked: _Asked, skeleton: "Skeleton") -> "ConversionPlan":
 
     from sparsify.evals.neurons import layers_of
     from sparsify.plan import plan_conversion, plan_dense, plan_scaled
-    from sparsify.relufication import relufy
+    from sparsify.relufication import relufy_unfitted
 
     model = skeleton.model
     if is_relufy(asked.given):
-        relufy(model, asked.given.activation or "relu")
+        relufy_unfitted(model, relufication_of(asked.given))
         if asked.given.plain:
             return plan_dense(model)
     if asked.method is None:
@@ -230,9 +237,10 @@ def _cost(
         work = asked.allocation.work(work_size(planned, size, load, asked.settings.sparsity or 0.5))
     stages = stages_in_memory(size, planned, work, svd, load, rates)
     ranks = {name: max(c.rank for c in ways) for name, ways in planned.options.items()}
-    problem = _not_streamed(asked, planned)
+    problem = _not_streamed(asked)
     memory = {
         "peak": max(stage.bytes for stage in stages),
+        "needed": max(stage.needed for stage in stages),
         "streamed_peak": None if problem else streamed_peak(size, planned.shapes, ranks, svd, load),
         "not_streamed": problem,
         "available": available_memory(device),
@@ -250,17 +258,28 @@ def _cost(
     }
 
 
-def _not_streamed(asked: _Asked, planned: "ConversionPlan") -> str | None:
-    """Returns why the conversion cannot go block by block, in a few words; None where it can."""
-    if asked.method is None or planned.cut_mlps or not planned.options:
-        return f"method {asked.settings.method} looks at whole MLPs"
-    if planned.rotated:
-        return "the model is rotated as a whole"
-    if asked.allocation is not None and asked.allocation.needs == "model":
-        return f"allocation {planned.allocation} runs the whole model"
-    if asked.settings.max_ppl_increase is not None or asked.settings.speedup is not None:
-        return "its budget is looked for in the whole model"
-    return None
+def _not_streamed(asked: _Asked) -> str | None:
+    """Returns why the conversion cannot go block by block, as --stream itself says it; None where it can."""
+    from sparsify.cli.stream_conversion import refuse_unstreamable
+    from sparsify.streaming.conversion import streaming_problem
+
+    try:
+        refuse_unstreamable(asked.given)
+    except SparsifyError as problem:
+        return str(problem)
+    if asked.method is None or asked.allocation is None:
+        return f"method {asked.settings.method} changes the whole model: leave --stream out"
+    return streaming_problem(asked.method, asked.allocation, rotate=asked.settings.rotate)
+
+
+def _add_room(checkpoint: dict[str, Any], size: "ModelSize", load: "Load") -> None:
+    """Adds what a streamed conversion has on the disk besides: hidden states, and the parts of a single file."""
+    from sparsify.weight_files import SINGLE_FILE_BYTES
+
+    windows = load.windows + 2 * load.eval_windows
+    states = 2 * windows * load.seq_len * size.hidden * size.element_size
+    parts = checkpoint["tensor_bytes"][1] if size.dense_bytes <= SINGLE_FILE_BYTES else 0
+    checkpoint["while_streaming"] = states + parts
 
 
 def _not_counted(asked: _Asked) -> list[str]:
@@ -274,32 +293,34 @@ def _not_counted(asked: _Asked) -> list[str]:
     return left_out
 
 
-def _verdict(found: dict[str, Any], asked: _Asked) -> dict[str, Any]:
+def _verdict(found: dict[str, Any]) -> dict[str, Any]:
     """Returns whether it fits here, and what is in the way and helps, in sentences."""
     from sparsify.cli.output import byte_count
 
     memory, checkpoint = found["memory"], found["checkpoint"]
     available, said = memory["available"], []
-    room = checkpoint["disk_free"] >= checkpoint["bytes"][1]
-    in_memory = available is None or memory["peak"] <= available
-    if not in_memory:
+    disk = checkpoint["bytes"][1] + checkpoint.get("while_streaming", 0)
+    needed = memory["streamed_peak"] if found["stream"] else memory["needed"]
+    memory_fits = available is None or needed <= available
+    if not memory_fits:
+        here = f"{byte_count(available)} are available on {memory['of']}"
+        said = [f"It needs {byte_count(needed)} of memory and {here}.", _other_way(found, available)]
+    disk_fits = checkpoint["disk_free"] >= disk
+    if not disk_fits:
         said.append(
-            f"It needs {byte_count(memory['peak'])} of memory and {byte_count(available)} are available on "
-            f"{memory['of']}."
+            f"It needs {byte_count(disk)} of disk and {byte_count(checkpoint['disk_free'])} are free in "
+            f"{checkpoint['disk']}: free some, or choose another --out."
         )
-        streamed = memory["streamed_peak"]
-        if streamed is not None and streamed <= available:
-            said.append(f"With --stream it takes one block at a time, about {byte_count(streamed)}.")
-        elif streamed is None:
-            said.append(
-                f"It cannot be streamed, {memory['not_streamed']}: --method rsparse or teal with allocation uniform "
-                "can be (--stream)."
-            )
-        else:
-            said.append("Not even one block at a time fits: use a machine with more memory.")
-    if not room:
-        said.append(
-            f"It needs {byte_count(checkpoint['bytes'][1])} of disk and {byte_count(checkpoint['disk_free'])} are free "
-            f"in {checkpoint['disk']}: free some, or choose another --out."
-        )
-    return {"fits": in_memory and room, "memory_fits": in_memory, "disk_fits": room, "said": said}
+    return {"fits": memory_fits and disk_fits, "memory_fits": memory_fits, "disk_fits": disk_fits, "said": said}
+
+
+def _other_way(found: dict[str, Any], available: int) -> str:
+    """Returns what to do where the memory is too small."""
+    from sparsify.cli.output import byte_count
+
+    streamed = found["memory"]["streamed_peak"]
+    if streamed is None:
+        return f"It cannot be streamed either: {found['memory']['not_streamed']}."
+    if found["stream"] or streamed > available:
+        return "Not even one block at a time fits: use a machine with more memory."
+    return f"With --stream it takes one block at a time, about {byte_count(streamed)}."

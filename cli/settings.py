@@ -33,7 +33,10 @@ class ConvertSettings:
     svd: str | None = None
     compensate: bool = False
     cut: float | None = None
+    cett: float | None = None
     activation: str | None = None
+    after_norms: bool = False
+    zeros: float | None = None
     reconstruct: int | None = None
     reconstruct_inputs: str | None = None
     reconstruct_weighting: str | None = None

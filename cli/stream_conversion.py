@@ -40,7 +40,7 @@ def run_streamed(settings: ConvertSettings, progress: Progress, *, resume: bool)
     from sparsify.streaming.conversion import convert_streamed, streaming_problem
 
     started = time.monotonic()
-    _refuse(settings)
+    refuse_unstreamable(settings)
     settings = settle_budget(settle_relufy(settings))
     method = configure(settings)
     allocation = allocate(settings, method)
@@ -98,7 +98,7 @@ class StreamedMeasurement:
         return card_rows(measured)
 
 
-def _refuse(settings: ConvertSettings) -> None:
+def refuse_unstreamable(settings: ConvertSettings) -> None:
     """Raises SparsifyError for what cannot be converted block by block whatever its options are."""
     if is_relufy(settings) or settings.method == PPL_P:
         raise SparsifyError(f"method {settings.method} changes the whole model: leave --stream out")

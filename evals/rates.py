@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from sparsify.calibration import ScoreHistogram
-from sparsify.conversion_cost import Rates, svd_flops
+from sparsify.svd_cost import Rates, svd_flops
 
 _TRIES = 3
 # Sides of the weight that products are timed with, of the matrices that are decomposed, and bytes that are hashed.
 _OUTPUTS, _INPUTS = 2048, 1024
 _SVD, _QR = 256, (2048, 128)
 _HASHED = 8 << 20
+# Values of an elementwise pass: more than a core's caches hold.
+_VALUES = 2 << 20
 
 
 @cache
@@ -39,7 +41,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, tokens: int) -> Rate
         x, weight = random(tokens, _INPUTS, dtype=kind), random(_OUTPUTS, _INPUTS, dtype=kind)
         rates.setdefault(kind, flops / timed(partial(F.linear, x, weight)))
     square, tall = random(_SVD, _SVD, dtype=torch.float64), random(*_QR)
-    values, scores = random(tokens, 4 * _INPUTS, dtype=dtype), random(tokens, _INPUTS, dtype=dtype)
+    values, scores = random(_VALUES, dtype=dtype), random(_VALUES // 4, dtype=dtype)
     data = bytes(_HASHED)
     return Rates(
         model=rates[dtype],

@@ -83,7 +83,8 @@ def _tasks(entry: dict[str, Any]) -> Iterator[tuple[_Line, str]]:
             continue
         dense, sparse = task_score(score["dense"]), task_score(score["sparse"])
         value = f"dense {dense}, sparse {sparse}, recovery {share(score['recovery'])}"
-        yield (f"{score['task']}, {score['metric']}, {entry['protocol']}", value), command
+        documents = f", {score['documents']:,} documents" if score["documents"] else ""
+        yield (f"{score['task']}, {score['metric']}, {entry['protocol']}{documents}", value), command
 
 
 def _speed(data: dict[str, Any]) -> Iterator[tuple[_Line, str]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparsify.methods.cats import Cats as Cats
     from sparsify.methods.griffin import Griffin as Griffin
     from sparsify.methods.larosa import Larosa as Larosa
+    from sparsify.methods.relu import Relu as Relu
     from sparsify.methods.rsparse import RSparse as RSparse
     from sparsify.methods.statistical_topk import StatisticalTopK as StatisticalTopK
     from sparsify.methods.teal import Teal as Teal
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from sparsify.methods.wina import Wina as Wina
     from sparsify.models import load_dense as load_dense
     from sparsify.models import load_tokenizer as load_tokenizer
+    from sparsify.reconstruction import Reconstruction as Reconstruction
+    from sparsify.reconstruction import reconstruct as reconstruct
+    from sparsify.relufication import Relufication as Relufication
+    from sparsify.relufication import relufy as relufy
     from sparsify.rotation import rotate as rotate
     from sparsify.runtime import dense as dense
     from sparsify.runtime import set_prefill as set_prefill
@@ -51,6 +56,9 @@ _PUBLIC = {
     "Griffin": "sparsify.methods.griffin",
     "Larosa": "sparsify.methods.larosa",
     "RSparse": "sparsify.methods.rsparse",
+    "Reconstruction": "sparsify.reconstruction",
+    "Relu": "sparsify.methods.relu",
+    "Relufication": "sparsify.relufication",
     "SparsifyConfig": "sparsify.config",
     "SparsifyError": "sparsify.errors",
     "StatisticalTopK": "sparsify.methods.statistical_topk",
@@ -67,6 +75,8 @@ _PUBLIC = {
     "load_dense": "sparsify.models",
     "load_tokenizer": "sparsify.models",
     "read_text": "sparsify.text",
+    "reconstruct": "sparsify.reconstruction",
+    "relufy": "sparsify.relufication",
     "rotate": "sparsify.rotation",
     "save": "sparsify.checkpoint",
     "set_prefill": "sparsify.runtime",

@@ -8,18 +8,15 @@ disk beyond hashing, the search for a speed, and the fit of a relufied model's M
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
-from transformers import PreTrainedModel
+from dataclasses import dataclass, replace
 
 from sparsify.allocation import Size, Work
 from sparsify.budget import Candidate, LinearShape
-from sparsify.low_rank import is_exact, sketch_columns
+from sparsify.low_rank import is_exact
+from sparsify.model_size import ModelSize
 from sparsify.plan import ConversionPlan
-from sparsify.short_forward import is_expert_weight
-from sparsify.skeleton import stored_dense_bytes
-from sparsify.targets import decoder_blocks
+from sparsify.svd_cost import Rates, svd_bytes, svd_seconds
+from sparsify.weight_files import SINGLE_FILE_BYTES
 
 _MB = 1 << 20
 # A histogram of scores (sparsify.calibration): 65,536 counts of 8 bytes.
@@ -30,43 +27,6 @@ _COMPARED, _STEPS, _EPOCHS, _BATCH, _HELD_OUT = 8, 160, 24, 4, 1 / 8
 _MEASURED_BATCH, _MEASURED_LOGITS = 8, 1 << 28
 # The range that an estimate of time is given with: as far off as it was on what was measured.
 TIME_RANGE = (0.5, 2.0)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What the cost depends on. Bytes are in the dtype that the model has when it is loaded.
-
-    blocks: bytes of each decoder block; rest: bytes outside of them; element_size: of the weights; flops: of one token
-    through the blocks, without attention; attention: of one token for each token that it attends to; moved: values that
-    a token's forward writes and reads between products; widest: the most values of one token alive in a block.
-    """
-
-    blocks: tuple[int, ...]
-    rest: int
-    dense_bytes: int
-    element_size: int
-    hidden: int
-    vocabulary: int
-    flops: float
-    attention: float
-    moved: float
-    widest: int
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does in a second: FLOP of products in the model's dtype, in fp32 and in fp64, with as many
-    tokens as a window has; FLOP of an exact SVD and of QR; values of an elementwise pass; scores counted; bytes hashed.
-    """
-
-    model: float
-    single: float
-    double: float
-    svd: float
-    qr: float
-    values: float
-    scores: float
-    hashed: float
 
 
 @dataclass(frozen=True)
@@ -90,85 +50,19 @@ class Load:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a conversion: seconds that it takes in all, and bytes of memory at its worst moment."""
+    """One stage of a conversion: seconds that it takes in all, and bytes of memory at its worst moment.
+
+    idle: of these, pages of the weights' files that are not used any more, which the system drops where it needs room.
+    """
 
     name: str
     seconds: float
     bytes: int
+    idle: int = 0
 
-
-def model_size(model: PreTrainedModel) -> ModelSize:
-    """Returns the sizes of a dense model, which may be on the meta device."""
-    _, blocks = decoder_blocks(model)
-    config = model.config.get_text_config(decoder=True)
-    inside = [sum(p.nbytes for p in block.parameters()) for block in blocks]
-    flops, moved, widest = 0.0, 0.0, 0
-    for block in blocks:
-        width = 0
-        for module in block.modules():
-            for parameter in module.parameters(recurse=False):
-                share = 1.0
-                if is_expert_weight(module, parameter):
-                    experts = parameter.shape[0]
-                    share = int(getattr(config, "num_experts_per_tok", None) or experts) / experts
-                elif parameter.dim() < 2:
-                    continue
-                flops += 2.0 * parameter.numel() * share
-                sides = sum(parameter.shape[-2:])
-                moved += sides
-                width = max(width, sides)
-        widest = max(widest, width)
-    hidden = int(config.hidden_size)
-    heads = int(getattr(config, "num_attention_heads", 1))
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, torch.nn.Embedding)
-    dense = stored_dense_bytes(model)
-    return ModelSize(
-        blocks=tuple(inside),
-        rest=dense - sum(inside),
-        dense_bytes=dense,
-        element_size=next(p.element_size() for p in model.parameters()),
-        hidden=hidden,
-        vocabulary=embedding.num_embeddings,
-        flops=flops,
-        attention=4.0 * heads * head_dim * len(blocks),
-        moved=moved,
-        widest=widest,
-    )
-
-
-def svd_seconds(shape: LinearShape, rank: int, svd: str, rates: Rates) -> float:
-    """Returns the time of one decomposition (sparsify.low_rank) at this rank; 0 for rank 0."""
-    if not rank:
-        return 0.0
-    larger, smaller = max(shape.outputs, shape.inputs), min(shape.outputs, shape.inputs)
-    if is_exact(svd, shape.outputs, shape.inputs, rank):
-        return svd_flops(larger, smaller) / rates.svd
-    columns = sketch_columns(rank)
-    products = 8.0 * 2.0 * larger * smaller * columns
-    orthonormal = 7.0 * 2.0 * (shape.outputs + shape.inputs) * columns**2
-    last = 2.0 * columns**2 * shape.inputs + svd_flops(columns, columns)
-    return products / rates.single + orthonormal / rates.qr + last / rates.double
-
-
-def svd_flops(larger: int, smaller: int) -> float:
-    """Returns the operations of an SVD with both factors, by Golub and Van Loan: 4 m n² + 22 n³."""
-    return 4.0 * larger * smaller**2 + 22.0 * smaller**3
-
-
-def svd_bytes(shape: LinearShape, rank: int, svd: str) -> int:
-    """Returns the memory that one decomposition works in, its result included; 0 for rank 0."""
-    if not rank:
-        return 0
-    outputs, inputs = shape.outputs, shape.inputs
-    smaller = min(outputs, inputs)
-    if is_exact(svd, outputs, inputs, rank):
-        # The weight in fp64 and LAPACK's copy, U and Vᵀ, and its work space.
-        return 8 * (2 * outputs * inputs + (outputs + inputs) * smaller + 5 * smaller * smaller)
-    columns = sketch_columns(rank)
-    # The weight in fp32; sketch, bases and their QR in fp32; the factors in fp64.
-    return 4 * outputs * inputs + 4 * 3 * columns * (outputs + inputs) + 8 * columns * (outputs + 2 * inputs)
+    @property
+    def needed(self) -> int:
+        return self.bytes - self.idle
 
 
 def stages_in_memory(
@@ -177,7 +71,8 @@ def stages_in_memory(
     """Returns the stages of a conversion with the whole model in memory, in order."""
     cost = _Cost(size, plan, work, svd, load, rates)
     every = [cost.load(), *cost.rotate(), *cost.allocate(), *cost.calibrate(), *cost.compare(), *cost.learn()]
-    repeated = [Stage(s.name, s.seconds * load.runs, s.bytes) for s in (*every, *cost.try_out())]
+    every += cost.swap()
+    repeated = [replace(stage, seconds=stage.seconds * load.runs) for stage in (*every, *cost.try_out())]
     return [*repeated, *cost.measure(), cost.save()]
 
 
@@ -224,6 +119,22 @@ class _Cost:
         return sum(shape.dense_bytes for shape in self.plan.shapes.values())
 
     @property
+    def numbers(self) -> int:
+        """Weights of all linears that become sparse layers."""
+        return sum(shape.outputs * shape.inputs for shape in self.plan.shapes.values())
+
+    @property
+    def fitted(self) -> Mapping[str, tuple[Candidate, ...]]:
+        """The candidates that are fitted and compared: those of one kind where the allocation has chosen."""
+        if self.plan.settled:
+            return self.plan.options
+        kept = {name: options[-1].score for name, options in self.plan.options.items()}
+        return {
+            name: tuple({c.compensated: c for c in options if c.score == kept[name]}.values())
+            for name, options in self.plan.options.items()
+        }
+
+    @property
     def ranks(self) -> dict[str, int]:
         """The largest rank that a linear is decomposed at."""
         return {name: max(c.rank for c in options) for name, options in self.plan.options.items()}
@@ -252,19 +163,20 @@ class _Cost:
 
         casts: how often the weights are made fp32 for them.
         """
-        numbers = sum(shape.outputs * shape.inputs for shape in self.plan.shapes.values())
         moved = sum(shape.outputs + shape.inputs for shape in self.plan.shapes.values())
-        flops = 2.0 * self.run.seq_len * numbers * times
-        passes = moved * self.run.seq_len * times * _ERROR_PASSES + casts * numbers
+        flops = 2.0 * self.run.seq_len * self.numbers * times
+        passes = moved * self.run.seq_len * times * _ERROR_PASSES + casts * self.numbers
         return flops / self.rates.single + passes / self.rates.values
 
-    def stage(self, name: str, seconds: float, extra: float) -> Stage:
-        return Stage(name, seconds, self.run.base_bytes + _OWN_BYTES + self.weights + int(extra))
+    def stage(self, name: str, seconds: float, extra: float, *, swapped: bool = False) -> Stage:
+        idle = self._again() or (self._anew() if swapped else 0)
+        return Stage(name, seconds, self.run.base_bytes + _OWN_BYTES + self.weights + int(extra), idle)
 
     def load(self) -> Stage:
         largest = max((8 * s.outputs * s.inputs for s in self.plan.shapes.values()), default=0)
-        numbers = sum(s.outputs * s.inputs for s in self.plan.shapes.values())
-        seconds = self.run.base_seconds / self.run.runs + self.weights / _READ_RATE + 3 * numbers / self.rates.values
+        numbers = self.numbers if self.plan.options else 0
+        seconds = self.run.base_seconds / self.run.runs + self.weights / _READ_RATE
+        seconds += _NORM_PASSES * numbers / self.rates.values
         return self.stage("load", seconds, 2 * largest if self.plan.options else _FIRST_FORWARD)
 
     def rotate(self) -> list[Stage]:
@@ -273,7 +185,7 @@ class _Cost:
         hidden, tokens = self.size.hidden, self.run.seq_len * self.run.windows
         norms = 2 * len(self.size.blocks) + 1
         moments = norms * (2.0 * tokens * hidden**2 / self.rates.single + tokens * hidden * 8 / self.rates.values)
-        numbers = sum(s.outputs * s.inputs for s in self.plan.shapes.values()) + 2 * hidden * self.size.vocabulary
+        numbers = self.numbers + 2 * hidden * self.size.vocabulary
         turned = 2.0 * numbers * hidden / self.rates.double + 6 * numbers / self.rates.values
         seconds = self.forward(self.run.windows) + moments + 9.0 * hidden**3 / self.rates.svd + turned
         largest = max(hidden * self.size.vocabulary, max(s.outputs * s.inputs for s in self.plan.shapes.values()))
@@ -287,7 +199,7 @@ class _Cost:
         shapes = self.plan.shapes
         seconds = decomposed * sum(svd_seconds(shapes[n], rank, self.svd, self.rates) for n, rank in self.ranks.items())
         scores = sum(shape.inputs for shape in shapes.values()) * self.run.seq_len
-        seconds += self.forward(work.forwards, heads=work.heads) + self.products(work.products)
+        seconds += _TRIED * self.forward(work.forwards, heads=work.heads) + self.products(work.products)
         seconds += work.counted * scores / self.rates.scores + self._sampled()
         svd = max(
             (_work_bytes(shapes[n], svd_bytes(shapes[n], rank, self.svd)) for n, rank in self.ranks.items()), default=0
@@ -296,16 +208,15 @@ class _Cost:
         if work.heads:
             graph = _logit_bytes(self.size, self.run.seq_len, work.batch) * _KL_COPIES
             graph += work.batch * self.run.seq_len * self.size.moved * self.size.element_size * _SAVED
-        if not (seconds or svd):
+        if not seconds:
             return []
         name = "allocate" if work.forwards else "decompose"
         return [self.stage(name, seconds, self._again() + self.factors + max(svd, graph))]
 
     def _sampled(self) -> float:
         """Returns the seconds of weighed errors: products of 256 rows with W, and of 512 inputs with these."""
-        numbers = sum(s.outputs * s.inputs for s in self.plan.shapes.values())
         inputs = sum(s.inputs for s in self.plan.shapes.values())
-        flops = self.work.sampled * (2.0 * 256 * numbers + 2.0 * 512 * 256 * inputs)
+        flops = self.work.sampled * (2.0 * 256 * self.numbers + 2.0 * 512 * 256 * inputs)
         return flops / self.rates.single + self.work.sampled * 512 * inputs * 12 / self.rates.values
 
     def calibrate(self) -> list[Stage]:
@@ -317,14 +228,14 @@ class _Cost:
         activations = _forward_bytes(self.size, self.run.seq_len, 1)
         name = "calibrate"
         seconds = self.forward(passes * self.run.windows) + scores
-        seconds += _FIT_SECONDS * sum(len(options) for options in self.plan.options.values())
+        seconds += _FIT_SECONDS * sum(len(options) for options in self.fitted.values())
         return [self.stage(name, seconds, self._again() + self.factors + counted + activations)]
 
     def _histogram_keys(self) -> list[tuple[str, int]]:
         """Returns (linear, its inputs) of every histogram: of a site for magnitudes, a linear, a linear and a rank."""
         sites = {name: site.names for site in self.plan.targets.sites for name in site.names}
         keys: dict[tuple[object, ...], tuple[str, int]] = {}
-        for name, options in self.plan.options.items():
+        for name, options in self.fitted.items():
             for c in options:
                 owner: object = sites[name] if c.score == "magnitude" else name
                 key = (c.score, owner, c.rank if c.score == "residual-norm" else 0)
@@ -336,11 +247,9 @@ class _Cost:
 
     def compare(self) -> list[Stage]:
         windows = min(self.run.windows, _COMPARED)
-        count = max((len(options) for options in self.plan.options.values()), default=0)
+        count = max((len(options) for options in self.fitted.values()), default=0)
         if not count and not self.plan.cut_mlps:
             return []
-        if not self.plan.settled:
-            count = 2 if self._learns() else 1
         seconds = self.forward(windows) + self.products(windows * (1 + max(count, 1)), windows)
         largest = max(self.plan.shapes.values(), key=lambda s: s.outputs * s.inputs)
         extra = 4 * largest.outputs * largest.inputs + 6 * 4 * self.run.seq_len * (largest.inputs + largest.outputs)
@@ -356,11 +265,18 @@ class _Cost:
         held = math.ceil(self.run.windows * _HELD_OUT)
         steps = min(_STEPS, _EPOCHS * math.ceil((self.run.windows - held) / _BATCH))
         runs = 3.0 * steps * _BATCH + 10.0 * held
-        seconds = self.forward(runs, heads=runs) + self.products(2.0 * min(self.run.windows, _COMPARED))
+        seconds = _TRIED * self.forward(runs, heads=runs) + self.products(2.0 * min(self.run.windows, _COMPARED))
         graph = _logit_bytes(self.size, self.run.seq_len, _BATCH) * _KL_COPIES
         graph += _BATCH * self.run.seq_len * self.size.moved * self.size.element_size * _SAVED
         kept = held * self.run.seq_len * self.size.vocabulary * 4
         return [self.stage("compensate", seconds, self._again() + self.factors + graph + kept)]
+
+    def swap(self) -> list[Stage]:
+        """Weights are laid out as the kernels want them."""
+        if not (self.run.channel_contiguous and self.plan.shapes):
+            return []
+        seconds = _LAYOUT_PASSES * self.numbers / self.rates.values
+        return [self.stage("swap", seconds, self._swapped(), swapped=True)]
 
     def try_out(self) -> list[Stage]:
         """The perplexity of each try on held-out text."""
@@ -374,29 +290,42 @@ class _Cost:
         windows = (1.0 + _SPARSE) * self.run.eval_windows
         batch = _measured_batch(self.size, self.run.seq_len, self.run.eval_windows)
         extra = _logit_bytes(self.size, self.run.seq_len, batch) + _forward_bytes(self.size, self.run.seq_len, batch)
-        return [self.stage("measure", self.forward(windows, heads=windows), self._swapped() + extra)]
+        seconds = self.forward(windows, heads=windows)
+        return [self.stage("measure", seconds, self._swapped() + extra, swapped=True)]
 
     def save(self) -> Stage:
         written = self.plan.weight_bytes.most
-        # Weights that are laid out for the kernels are put back in rows, all at once.
-        again = self.linears if self.run.channel_contiguous else 0
-        return self.stage("save", written / self.rates.hashed + written / _WRITE_RATE, self._swapped() + again)
+        # Weights that are laid out for the kernels are put back in rows: all at once where they are one file.
+        largest = max((shape.dense_bytes for shape in self.plan.shapes.values()), default=0)
+        whole = self.size.dense_bytes <= SINGLE_FILE_BYTES
+        again = (self.linears if whole else largest) if self.run.channel_contiguous else 0
+        seconds = written / self.rates.hashed + written / _WRITE_RATE
+        seconds += _LAYOUT_PASSES / 2 * self.numbers / self.rates.values if again else 0.0
+        return self.stage("save", seconds, self._swapped() + again, swapped=True)
 
     def _again(self) -> int:
+        """Bytes of the files' pages that a rotation leaves behind."""
         return self.weights if self.plan.rotated and self.run.mapped else 0
+
+    def _anew(self) -> int:
+        """Bytes of the files' pages that weights laid out anew leave behind."""
+        return self.linears if self.run.channel_contiguous and self.run.mapped and not self.plan.rotated else 0
 
     def _swapped(self) -> int:
         """Bytes beside the loaded weights once the layers are swapped: weights laid out anew, what was added."""
-        anew = self.linears if self.run.channel_contiguous and (self.run.mapped and not self.plan.rotated) else 0
-        return self._again() + anew + self.plan.added_bytes.most + self.factors
+        return self._again() + self._anew() + self.plan.added_bytes.most + self.factors
 
 
 # Passes over what a forward moves between products; over logits; copies of a batch's fp32 logits alive in the
 # divergence of two models; parts of what a forward moves that a backward keeps.
-_PASSES, _LOGIT_PASSES, _KL_COPIES, _SAVED = 6.0, 3.0, 4.0, 2.0
+_PASSES, _LOGIT_PASSES, _KL_COPIES, _SAVED = 6.0, 3.0, 8.0, 4.5
+# What a forward or a backward of a model with candidates in it takes, by a dense forward's time.
+_TRIED = 1.5
 # Passes over a linear's inputs and outputs while a candidate's error is summed; a sparse forward's time by a dense
 # one's; seconds for a candidate's threshold and tensors; what a process grows by while it first runs a model.
 _ERROR_PASSES, _SPARSE, _FIT_SECONDS, _OWN_BYTES = 12.0, 2.2, 0.004, 100 * _MB
+# Passes that column norms in fp64 and a weight's new layout are worth; bytes a second from and to the disk.
+_NORM_PASSES, _LAYOUT_PASSES = 25.0, 18.0
 _READ_RATE, _WRITE_RATE = 1e9, 1e9
 _FIRST_FORWARD = 64 * _MB
 

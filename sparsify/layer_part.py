@@ -68,9 +68,9 @@ class LayerPart:
 
     def run(self, x: Tensor, own: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
         """Returns the layer's output for x [..., I] or this process's channels of it; own: what this part computes."""
+        if x.requires_grad and (self.by == "outputs" or self.whole):
+            x = _SumOfGradients.apply(x, self.mesh)  # type: ignore[no-untyped-call]
         if self.by == "outputs":
-            if x.requires_grad:
-                x = _SumOfGradients.apply(x, self.mesh)  # type: ignore[no-untyped-call]
             y = own(x)
             return self._sharded(y, y.dim() - 1).redistribute(placements=[Replicate()]).to_local() if self.whole else y
         y = own(x[..., self.range] if self.whole else x)
@@ -104,7 +104,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """Nothing forwards; backwards the sum over the processes, each of which has used x for a part of the outputs."""
+    """Nothing forwards; backwards the sum over the processes: each has used x in its own way, or a part of it."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -18,6 +18,7 @@ from sparsify.kernels.dispatch import select_backend
 from sparsify.kernels.layout import channel_contiguous
 from sparsify.kernels.reference import keep_mask
 from sparsify.kernels.spec import Backend, SparseTensors
+from sparsify.rectified import is_rectified, rectify
 
 if TYPE_CHECKING:
     from sparsify.layer_part import LayerPart
@@ -268,6 +269,8 @@ def make_sparse(
     else:
         raise TypeError(f"{type(linear).__name__} is not a linear that can be made sparse")
     layer.weight, layer.bias = weight, linear.bias
+    if is_rectified(linear):
+        rectify(layer)
     if not weight.is_meta:
         _materialise_buffers(layer, weight.device)
     layer.train(linear.training)

@@ -23,9 +23,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsify import activations
 from sparsify.errors import CheckpointError, SparsifyError, UnavailableError, suggest
 from sparsify.hub import hub_problem, is_cached
 from sparsify.preflight import INDEX, check_index
+from sparsify.rectified import rectify_named
 
 REFERENCE = "reference"
 
@@ -115,6 +117,7 @@ def load_dense(
     """
     source = resolve_model(spec)
     wanted = parse_dtype(dtype)
+    activations.register()
     with hub_errors(spec, source), quiet():
         options = {"trust_remote_code": trust_remote_code, "local_files_only": _only_cached(source)}
         config = dense_config(spec, trust_remote_code=trust_remote_code)
@@ -129,6 +132,7 @@ def load_dense(
             f"{spec} has no weight {missing[0]!r} ({len(missing)} are missing): it is incomplete, or it is not a "
             f"{type(model).__name__}; download it again"
         )
+    rectify_named(model, model.config)
     loaded: PreTrainedModel = to_device(model, device).eval()
     return loaded
 

@@ -54,8 +54,12 @@ class NeuronCuts:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether the module is an activation function of transformers or torch, with no modules inside."""
-    known = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    """Whether the module is an activation function of transformers, torch or ours, with no modules inside."""
+    known = type(module).__module__ in (
+        "transformers.activations",
+        "torch.nn.modules.activation",
+        "sparsify.activations",
+    )
     return (known or isinstance(module, nn.ReLU)) and not any(True for _ in module.children())
 
 

@@ -26,19 +26,17 @@ def output_weights(model: PreTrainedModel, mlps: Sequence[Mlp], calibration: Cal
     """Returns a weight for every output [O] of each MLP's down, fp32, of mean 1, from some calibration windows."""
     step = max(len(calibration.tokens) // _WINDOWS, 1)
     windows = calibration.tokens[::step][:_WINDOWS].to(model.device)
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     with evaluating(model):
-        for mlp in mlps:
-            total = sum((_hessian(model, mlp.down, window[None]) for window in windows), torch.zeros(()))
-            found[mlp.down] = total / total.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return found
-
-
-def _hessian(model: PreTrainedModel, down: str, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        dense = _log_probabilities(model, tokens)
-    above, below = (_gradient(model, down, tokens, dense, sign * _STEP) for sign in (1.0, -1.0))
-    return (above - below).abs().mean(dim=0)
+        for window in windows:
+            with torch.no_grad():
+                dense = _log_probabilities(model, window[None])
+            for mlp in mlps:
+                above, below = (_gradient(model, mlp.down, window[None], dense, sign * _STEP) for sign in (1.0, -1.0))
+                mean = (above - below).abs().mean(dim=0)
+                sums[mlp.down] = sums[mlp.down] + mean if mlp.down in sums else mean
+    tiny = torch.finfo(torch.float32).tiny
+    return {name: total / total.mean().clamp_min(tiny) for name, total in sums.items()}
 
 
 def _gradient(model: PreTrainedModel, down: str, tokens: Tensor, dense: Tensor, step: float) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from sparsify import activations
 from sparsify.config import QUANT_METHOD, SparsifyConfig
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.kernels import triton_backend
@@ -26,6 +27,7 @@ from sparsify.mapped import MappedWeights
 from sparsify.mlp_layer import place_neuron_layers
 from sparsify.model_config import check_model_config
 from sparsify.preflight import check_files, check_loaded
+from sparsify.rectified import rectify_named
 from sparsify.runtime import set_prefill, sparse_layers
 from sparsify.token_layer import link_rotations, make_layer
 
@@ -63,6 +65,7 @@ class SparsifyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         add_sparse_layers(model, config)
+        rectify_named(model, model.config)
         if getattr(model.config, "distributed_config", None) is not None:
             # Here, not above: not every build of torch has torch.distributed.
             from sparsify.tensor_parallel import read_in_parts
@@ -109,7 +112,8 @@ class SparsifyQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Registers with transformers; a second call does nothing."""
+    """Registers with transformers, our activations too; a second call does nothing."""
+    activations.register()
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(SparsifyConfig)
         register_quantizer(QUANT_METHOD)(SparsifyQuantizer)

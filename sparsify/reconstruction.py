@@ -3,13 +3,15 @@
 MLP by MLP: its inputs and its dense outputs are collected, the activation is swapped, and gate, up and down are trained
 to give the same outputs (APHQ-ViT, arXiv 2504.02508, does so for the MLPs of vision models). Inputs are those of the
 model whose earlier MLPs are fitted already, or of the dense one. In memory beside the model: one MLP's inputs and
-outputs in fp32, and fp32 copies of its weights, their gradients and Adam's two moments. Not covered: experts.
+outputs in fp32, and fp32 copies of its weights, their gradients and Adam's two moments. With stage 2 the MLP learns
+its dense outputs from the rectified norm. Not covered: experts; attention behind a rectified norm.
 """
 
 import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,7 +27,8 @@ from sparsify.errors import SparsifyError
 from sparsify.fingerprint import weights_sha256
 from sparsify.neuron_cut import Mlp
 from sparsify.output_weights import output_weights
-from sparsify.relufication import check_relufiable, relufy, swap_activation
+from sparsify.rectified import is_rectified, rectify
+from sparsify.relufication import Relufication, Swap, prepare_swap
 from sparsify.strict import read_json
 from sparsify.whole_file import write_whole
 
@@ -78,7 +81,7 @@ class FittedMlp:
 
 def reconstruct(
     model: PreTrainedModel,
-    activation: str,
+    relufication: Relufication | str,
     how: Reconstruction,
     calibration: Calibration,
     *,
@@ -91,26 +94,32 @@ def reconstruct(
     goes on from there, to the same weights. Deterministic on one machine. Raises SparsifyError as relufy does, for
     values that are not finite, and for a state of another run.
     """
-    mlps = check_relufiable(model, activation)
-    kept = None if state is None else _State(state, _fingerprint(model, activation, how, calibration))
+    relufication = Relufication(relufication) if isinstance(relufication, str) else relufication
+    fingerprint = _fingerprint(model, relufication, how, calibration)
+    swap = prepare_swap(model, relufication, calibration, progress=progress)
+    mlps = swap.parts.mlps
+    kept = None if state is None else _State(state, fingerprint)
     weights = output_weights(model, mlps, calibration) if how.weighting == "hessian" else {}
     # An MLP sees the dense model where everything before it is dense still.
     order = mlps if how.inputs == "converted" else mlps[::-1]
     fitted: dict[str, FittedMlp] = {}
     for number, mlp in enumerate(order):
+        if how.inputs == "converted":
+            swap.rectify_before(mlp)
         done = None if kept is None else kept.read(number, mlp, model)
         if done is None:
             fit = _Fit(model, mlp, calibration, weights.get(mlp.down))
-            swap_activation(model, mlp, activation)
+            swap.apply(mlp)
+            fit.follow(swap)
             done = fit.run(how, seed=how.seed + number)
             if kept is not None:
                 kept.write(number, done, fit.stored())
         else:
-            swap_activation(model, mlp, activation)
+            swap.apply(mlp)
         fitted[mlp.down] = done
         if progress is not None:
             progress("reconstruct", number + 1, len(order))
-    relufy(model, activation, mlps=mlps)
+    swap.finish()
     return tuple(fitted[mlp.down] for mlp in mlps)
 
 
@@ -125,6 +134,15 @@ class _Fit:
         self.linears = {name: copy.deepcopy(model.get_submodule(name)).float() for name in mlp.linears}
         for linear in self.linears.values():
             linear.requires_grad_(True)
+
+    def follow(self, swap: Swap) -> None:
+        """Rectifies the inputs and the copies where the swap did so in the model."""
+        norm = swap.parts.norm_of(self.mlp)
+        if norm is not None:
+            self.x.relu_()
+        for name, linear in self.linears.items():
+            if is_rectified(self.model.get_submodule(name)):
+                rectify(linear)
 
     def run(self, how: Reconstruction, *, seed: int) -> FittedMlp:
         """Trains the copies and puts them, rounded, into the model."""
@@ -195,15 +213,25 @@ def _forward(linears: Mapping[str, nn.Module], mlp: Mlp, activation: nn.Module, 
     return out, activated
 
 
+class _SeenError(Exception):
+    """Ends a forward where nothing that comes later is needed."""
+
+
 def _collect(model: PreTrainedModel, mlp: Mlp, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """Returns the inputs and outputs of an MLP; nothing behind it is computed."""
     x: list[Tensor] = []
     y: list[Tensor] = []
-    handle = model.get_submodule(mlp.down).register_forward_hook(
-        lambda _, args, out: y.append(out.detach().flatten(0, -2).float())
-    )
+
+    def see(module: nn.Module, args: object, out: Tensor) -> None:
+        y.append(out.detach().flatten(0, -2).float())
+        raise _SeenError
+
+    handle = model.get_submodule(mlp.down).register_forward_hook(see)
     try:
         with hooked({mlp.up: model.get_submodule(mlp.up)}, lambda _, rows: x.append(rows.flatten(0, -2).float())):
-            run_batches(model, calibration.tokens, "collect", None)
+            for window in calibration.tokens:
+                with suppress(_SeenError):
+                    run_batches(model, window[None], "collect", None)
     finally:
         handle.remove()
     # Made in inference mode: clones may be used in training.
@@ -219,11 +247,11 @@ def _tensors(model: nn.Module, mlp: Mlp) -> dict[str, nn.Parameter]:
 
 
 def _fingerprint(
-    model: PreTrainedModel, activation: str, how: Reconstruction, calibration: Calibration
+    model: PreTrainedModel, relufication: Relufication, how: Reconstruction, calibration: Calibration
 ) -> dict[str, object]:
     return {
         "weights_sha256": weights_sha256(model),
-        "activation": activation,
+        "relufication": asdict(relufication),
         "calibration": calibration.fingerprint,
         "settings": asdict(how),
         "torch": torch.__version__,

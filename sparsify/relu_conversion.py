@@ -1,18 +1,20 @@
-"""The conversion of a model whose MLPs have ReLU: MLPs → active neurons on calibration text → the rest → swap.
+"""The conversion of a model whose MLPs have ReLU: MLPs → cuts → active neurons on calibration text → the rest → swap.
 
 Every linear of the blocks becomes a sparse layer, so that one ledger holds them all. The rows of up and the columns of
-down of inactive neurons are not touched (sparsify.relu_layer); the other linears are those of another method, or kept
-in full.
+down of inactive neurons are not touched (sparsify.relu_layer). The other linears are those of another method; without
+one they are kept in full, but for input channels that are 0 already where norms are rectified (stage 2).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsify import __version__
+from sparsify.activations import zero_up_to
 from sparsify.allocation import Allocation
 from sparsify.budget import LinearShape
 from sparsify.calibration import Calibration, Progress, run_batches
@@ -26,11 +28,14 @@ from sparsify.mlp_layer import place_neuron_layers
 from sparsify.mlp_targets import find_mlps
 from sparsify.neuron_conversion import NeuronFit, measure_neuron_errors, neuron_entries
 from sparsify.neuron_cut import Mlp, NeuronCuts
+from sparsify.norm_targets import find_norms
 from sparsify.plugin import attach
-from sparsify.processes import Processes
+from sparsify.rectified import is_rectified
+from sparsify.relu_cuts import relu_cuts
 from sparsify.relu_layer import is_relu
 from sparsify.runtime import sparse_layers
 from sparsify.targets import Targets
+from sparsify.zeros import NonZero, nonzero_shares
 
 
 def convert_relu(
@@ -50,9 +55,10 @@ def convert_relu(
     others = {name: shape for name, shape in shapes.items() if name not in settled}
     rest = method.rest
     refuse_without_rest(rest is None, allocation, rotate)
-    shares = active_shares(model, mlps, method.cut, calibration, progress)
-    fits = [NeuronFit(mlp, shares[mlp.down], method.cut) for mlp in mlps]
-    if method.cut > 0.0:
+    cuts = _cuts(model, method, mlps, calibration, progress)
+    shares = active_shares(model, mlps, cuts, calibration, progress)
+    fits = [NeuronFit(mlp, shares[mlp.down], cuts[mlp.down]) for mlp in mlps]
+    if any(cuts.values()):
         measure_neuron_errors(model, fits, "relu", calibration, progress)
     channels = Channels({}, {}, "uniform", False)
     if rest is not None:
@@ -61,13 +67,19 @@ def convert_relu(
         )
     entries = {name: LinearEntry(0.0, 1.0, 0, False, 1.0, 0.0) for name in shapes}
     entries |= channels.entries() | neuron_entries(shapes, fits, "relu")
+    # What is 0 in the input already, of linears that no method settles.
+    zeros = _read_shares(model, mlps, targets, () if rest is not None else others, calibration, progress)
+    for name, density in zeros.items():
+        overhead = shapes[name].overhead_bytes(scaled=False) / shapes[name].dense_bytes
+        saved = max(1.0 - density - overhead, 0.0)
+        entries[name] = replace(entries[name], sparsity=saved, density=density)
     neurons = NeuronCuts("relu", mlps)
-    _swap(model, entries, channels, neurons, method.cut)
-    untouched = [name for name in others if rest is None]
+    _swap(model, entries, channels, neurons, cuts, [name for name in zeros if name in others])
+    untouched = [name for name in others if rest is None and name not in zeros]
     config = SparsifyConfig(
         sparsify_version=__version__,
         method=method.name,
-        method_config=asdict(method) | {"others": None if rest is None else options_of(rest)},
+        method_config=_described(method),
         prefill="sparse",
         sites=[list(site.names) for site in targets.sites],
         left_dense=[*targets.left_dense, *_in_full(untouched)],
@@ -79,6 +91,12 @@ def convert_relu(
     )
     attach(model, config)
     return model
+
+
+def _described(method: Relu) -> dict[str, Any]:
+    found = asdict(method) | {"others": None if method.rest is None else options_of(method.rest)}
+    # Not named where it is not asked for: an older sparsify does not know it.
+    return {key: value for key, value in found.items() if (key, value) != ("cett", None)}
 
 
 def find_relu_mlps(model: PreTrainedModel, method: Relu, targets: Targets, tokens: Tensor) -> tuple[Mlp, ...]:
@@ -95,12 +113,53 @@ def find_relu_mlps(model: PreTrainedModel, method: Relu, targets: Targets, token
             f"method relu needs MLPs with ReLU, and no block of {type(model).__name__} has one: {has}; swap the "
             "activation with --method relufy, or use method teal"
         )
+    if method.cut == 0.0 and method.cett is None:
+        return found
+    asked = f"a cut of {method.cut}" if method.cett is None else f"a cut for the CETT {method.cett}"
     fused = next((mlp for mlp in found if mlp.fused), None)
-    if fused is not None and method.cut > 0.0:
-        raise SparsifyError(
-            f"a cut of {method.cut} cannot be made in {fused.up}, which holds gate and up in one: leave the cut out"
-        )
+    if fused is not None:
+        raise SparsifyError(f"{asked} cannot be made in {fused.up}, which holds gate and up in one: leave the cut out")
+    for mlp in found:
+        activation = model.get_submodule(mlp.activation)
+        if type(activation) is not nn.ReLU:
+            raise SparsifyError(
+                f"{asked} is for ReLU, and {mlp.activation} is {type(activation).__name__}, which has its own: leave "
+                "the cut out"
+            )
     return found
+
+
+def _cuts(
+    model: PreTrainedModel, method: Relu, mlps: Sequence[Mlp], calibration: Calibration, progress: Progress | None
+) -> dict[str, float]:
+    """Returns up to which gate each MLP's neurons are off, by the name of its down, as fp32 holds it."""
+    if method.cett is not None:
+        found = relu_cuts(model, mlps, method.cett, calibration, shared=False, progress=progress)
+    else:
+        found = {mlp.down: method.cut or zero_up_to(model.get_submodule(mlp.activation)) for mlp in mlps}
+    return {name: float(torch.tensor(cut, dtype=torch.float32)) for name, cut in found.items()}
+
+
+def _read_shares(
+    model: PreTrainedModel,
+    mlps: Sequence[Mlp],
+    targets: Targets,
+    others: Collection[str],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> dict[str, float]:
+    """Returns the share of input channels that are not 0, by linear: of those of `others` behind rectified norms, and
+    of down where up is rectified, too (dReLU), which has more zeros than its gate.
+    """
+    behind = {}
+    downs = [mlp.down for mlp in mlps if is_rectified(model.get_submodule(mlp.up))]
+    if others and any(is_rectified(module) for module in model.modules()):
+        norms = find_norms(model, targets, calibration.tokens[:1, :8])
+        rectified = [norm for norm in norms if is_rectified(model.get_submodule(norm.name))]
+        behind = {norm.linears[0]: [n for n in norm.linears if n in others] for norm in rectified}
+    shares = nonzero_shares(model, [*behind, *downs], calibration, progress)
+    found = {name: shares[first] for first, names in behind.items() for name in names}
+    return found | {name: shares[name] for name in downs}
 
 
 def refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate: bool) -> None:
@@ -112,11 +171,21 @@ def refuse_without_rest(alone: bool, allocation: Allocation | str | None, rotate
 
 
 def active_shares(
-    model: PreTrainedModel, mlps: Sequence[Mlp], cut: float, calibration: Calibration, progress: Progress | None = None
+    model: PreTrainedModel,
+    mlps: Sequence[Mlp],
+    cuts: Mapping[str, float],
+    calibration: Calibration,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Returns the share of each MLP's activations above the cut over all tokens, by the name of its down."""
-    counters = {mlp.activation: _ActiveCount(cut, model.device) for mlp in mlps}
-    handles = [model.get_submodule(name).register_forward_hook(counter.see) for name, counter in counters.items()]
+    """Returns the share of each MLP's gates above its cut over all tokens, by the name of its down."""
+    counters = {mlp.activation: NonZero(model.device) for mlp in mlps}
+
+    def counting(mlp: Mlp) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        cut = cuts[mlp.down]
+        # A NaN is active: what is broken must show.
+        return lambda module, args, y: counters[mlp.activation].see(~(args[0].float() <= cut))
+
+    handles = [model.get_submodule(mlp.activation).register_forward_hook(counting(mlp)) for mlp in mlps]
     try:
         run_batches(model, calibration.processes.part(calibration.tokens), "calibrate", progress)
     finally:
@@ -125,25 +194,13 @@ def active_shares(
     return {mlp.down: counters[mlp.activation].share(calibration.processes) for mlp in mlps}
 
 
-class _ActiveCount:
-    """A forward hook that counts the outputs of an activation that are above a cut."""
-
-    def __init__(self, cut: float, device: torch.device) -> None:
-        self._cut = cut
-        # Above the cut, and all.
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-
-    def see(self, module: nn.Module, args: object, y: Tensor) -> None:
-        self._counts[0] += (~(y.float() <= self._cut)).sum()
-        self._counts[1] += y.numel()
-
-    def share(self, processes: Processes) -> float:
-        active, seen = processes.total(self._counts).tolist()
-        return int(active) / int(seen)
-
-
 def _swap(
-    model: PreTrainedModel, entries: Mapping[str, LinearEntry], channels: Channels, neurons: NeuronCuts, cut: float
+    model: PreTrainedModel,
+    entries: Mapping[str, LinearEntry],
+    channels: Channels,
+    neurons: NeuronCuts,
+    cuts: Mapping[str, float],
+    zeros: Sequence[str],
 ) -> None:
     switch = SparsitySwitch()
     swap_channels(model, channels, switch)
@@ -154,12 +211,16 @@ def _swap(
             model.set_submodule(name, layer)
     place_neuron_layers(model, neurons)
     layers = sparse_layers(model)
+    for name in zeros:
+        layers[name].threshold.fill_(0.0)
     for mlp in neurons.mlps:
         gated = mlp.gate is not None
-        # Where there is a gate, the cut is made there, and what it leaves of down's input is not 0.
+        # Where there is a gate, the cut is made there, and what it leaves of down's input is not 0. ReLU² and shifted
+        # ReLU are 0 where they are off, too.
+        cut = cuts[mlp.down] if isinstance(model.get_submodule(mlp.activation), nn.ReLU) else 0.0
         layers[mlp.down].threshold.fill_(0.0 if gated else cut)
         if gated and not mlp.fused:
-            layers[mlp.up].threshold.fill_(cut)
+            layers[mlp.up].threshold.fill_(cuts[mlp.down])
 
 
 def _in_full(names: list[str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""Parts of an MLP whose activation is ReLU: the neurons that it turns off need no row of up and no column of down.
+"""Parts of an MLP whose activation is a ReLU: the neurons that it turns off need no row of up and no column of down.
 
-transformers' own MLP code runs. The activation becomes FatRelu, whose cut is the up layer's threshold; with a cut of 0
-it is ReLU, and nothing is lost. down is an ordinary sparse layer that skips the columns of inputs that are 0. up is
+transformers' own MLP code runs. ReLU itself becomes FatRelu, whose cut is the up layer's threshold; with a cut of 0 it
+is ReLU, and nothing is lost. Other kinds (ReLU², shifted, dReLU: sparsify.activations) stay, and the threshold says up
+to which gate they are 0. down is an ordinary sparse layer that skips the columns of inputs that are 0. up is
 computed in full where the MLP runs module by module; a decode step of our own reads only the rows of active neurons.
 An ungated MLP has no rows to skip: its down's threshold is the cut. Not covered: gate and up in one linear, whose up is
 always computed.
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.activations import is_zero_below
 from sparsify.kernels.dispatch import select_backend
 from sparsify.kernels.spec import SparseTensors
 from sparsify.linear import SparseConv1D, SparseLayer, SparseLinear, make_sparse
@@ -75,8 +77,8 @@ class ReluUpLinear(SparseLinear):
 
 
 def is_relu(activation: nn.Module | None) -> bool:
-    """Whether the module is ReLU itself, or one with a cut."""
-    return type(activation) in (nn.ReLU, FatRelu)
+    """Whether the module is ReLU itself, one with a cut, or another kind that is 0 up to some input."""
+    return type(activation) is FatRelu or is_zero_below(activation)
 
 
 def place_relu(mlp: Mlp, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -90,7 +92,8 @@ def place_relu(mlp: Mlp, modules: Mapping[str, nn.Module]) -> dict[str, nn.Modul
     up = make_sparse(plain, scaled=False, rank=0, switch=plain.switch, kinds=kinds)
     assert isinstance(up, ReluUpLinear)
     up.density, up.gate = plain.density, (gate,)
-    return {mlp.up: up, mlp.activation: FatRelu(up)}
+    cut = {mlp.activation: FatRelu(up)} if type(modules[mlp.activation]) in (nn.ReLU, FatRelu) else {}
+    return {mlp.up: up, **cut}
 
 
 def relu_problem(mlp: Mlp, modules: Mapping[str, nn.Module]) -> str | None:

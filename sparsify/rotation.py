@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from sparsify.calibration import Calibration, Progress, hooked, run_batches
 from sparsify.errors import SparsifyError
-from sparsify.linear import SparseLayer
+from sparsify.linear import SparseLayer, is_linear
+from sparsify.rectified import is_rectified
 from sparsify.rotation_stream import residual_stream, stream_problem
 from sparsify.rotation_weights import turn
 
@@ -68,6 +69,8 @@ def refuse_unrotatable(model: PreTrainedModel) -> None:
 
 def rotation_problem(model: PreTrainedModel) -> str | None:
     """Returns why `rotate` cannot turn the model, in a few words; None where it can."""
+    if any(is_rectified(module) and not is_linear(module) for module in model.modules()):
+        return "a ReLU stands after its norms, which a rotation does not pass"
     return stream_problem(model)
 
 

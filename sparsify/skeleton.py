@@ -22,6 +22,7 @@ from sparsify.header import FLOATS, StoredTensor
 from sparsify.hub import hub_problem
 from sparsify.models import dense_config, hub_errors, parse_dtype, quiet, resolve_model
 from sparsify.preflight import INDEX, SINGLE, check_dense, check_index, read_headers
+from sparsify.rectified import rectify_named
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -62,6 +63,7 @@ def read_skeleton(spec: str, *, dtype: str = "auto", trust_remote_code: bool = F
         with no_init_weights(), torch.device("meta"):
             found: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]
     model: PreTrainedModel = found.eval()
+    rectify_named(model, model.config)
     model.tie_weights()
     if stored is not None:
         check_dense(stored, model)

@@ -6,7 +6,7 @@ Not covered: which split a result should be reported on; chat templates; images 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,15 @@ from sparsify.hub import hub_problem
 WIKITEXT2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
 TEXT_FIELDS = ("text", "story", "content")
 
-_STDLIB: dict[str, Split] = {"stdlib:calibration": "calibration", "stdlib:evaluation": "evaluation"}
+_STDLIB: dict[str, Split] = {
+    "stdlib:calibration": "calibration",
+    "stdlib:evaluation": "evaluation",
+    "stdlib:training": "training",
+    "stdlib:library": "library",
+}
 _ALLOWED = (
-    "'stdlib:calibration', 'stdlib:evaluation', 'wikitext2', 'hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]', "
+    "'stdlib:calibration', 'stdlib:evaluation', 'stdlib:training', 'stdlib:library', 'wikitext2', "
+    "'hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]', "
     "or the path of a UTF-8 text file or of a .jsonl file with a 'text' field"
 )
 
@@ -241,7 +247,7 @@ def _read_file(spec: str) -> Text:
             "convert it first, for example with iconv -f LATIN1 -t UTF-8"
         ) from error
     if path.suffix.lower() == ".jsonl":
-        return _not_empty(Text(path.name, list(_jsonl_documents(spec, content))))
+        return _not_empty(Text(path.name, list(jsonl_documents(spec, content.split("\n")))))
     return _not_empty(Text(path.name, [content] if content.strip() else []))
 
 
@@ -254,9 +260,12 @@ def _missing(spec: str, path: Path) -> str:
     return f"unknown text {spec!r}: allowed are {_ALLOWED}.{suggest(spec, names)}"
 
 
-def _jsonl_documents(spec: str, content: str) -> Iterator[str]:
-    # Not splitlines: JSON strings may hold characters such as U+2028 that it would cut at.
-    for number, line in enumerate(content.split("\n"), start=1):
+def jsonl_documents(spec: str, lines: Iterable[str]) -> Iterator[str]:
+    """Yields the text of each line; the lines are cut at line feeds alone, as JSON strings may hold U+2028.
+
+    Raises SparsifyError for a line that is no JSON, or has no text.
+    """
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -286,12 +295,20 @@ def _not_empty(text: Text) -> Text:
 
 
 def _hub_rows(spec: str) -> list[str]:
-    """Returns the text field of every row of hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]; the split is "test" if not named."""
+    rows, field = hub_dataset(spec, split="test", streaming=False)
+    return [str(row) for row in rows[field]]
+
+
+def hub_dataset(spec: str, *, split: str, streaming: bool) -> tuple[Any, str]:
+    """Returns the dataset that hf:DATASET[:CONFIG[:SPLIT[:FIELD]]] names and its text field; split: where none is.
+
+    Raises SparsifyError for another form, a dataset that cannot be loaded or has no such field, and UnavailableError
+    where the hub or the `datasets` package is missing.
+    """
     parts = spec.removeprefix("hf:").split(":")
     if len(parts) > 4 or not parts[0]:
         raise SparsifyError(f"{spec!r} is not of the form hf:DATASET[:CONFIG[:SPLIT[:FIELD]]]")
-    dataset, config, split, field = parts + [""] * (4 - len(parts))
-    split = split or "test"
+    dataset, config, named, field = parts + [""] * (4 - len(parts))
     try:
         import datasets
     except ImportError as error:
@@ -303,18 +320,20 @@ def _hub_rows(spec: str) -> list[str]:
             f"{spec!r} cannot be loaded, the Hugging Face hub is unreachable ({problem}). {_HUB_ADVICE}"
         )
     try:
-        rows = datasets.load_dataset(dataset, config or None, split=split)
+        rows = datasets.load_dataset(dataset, config or None, split=named or split, streaming=streaming)
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
         raise SparsifyError(f"{spec!r} cannot be loaded: {error}") from error
     except OSError as error:
         raise UnavailableError(f"{spec!r} cannot be loaded: {error}. {_HUB_ADVICE}") from error
-    fields = [field] if field else [f for f in TEXT_FIELDS if f in rows.column_names]
-    if not fields or fields[0] not in rows.column_names:
+    # A stream may learn its columns from its first row only.
+    columns = rows.column_names or list(next(iter(rows), {}))
+    fields = [field] if field else [f for f in TEXT_FIELDS if f in columns]
+    if not fields or fields[0] not in columns:
         raise SparsifyError(
-            f"{spec!r} has no field {field or ' / '.join(TEXT_FIELDS)}: it has {', '.join(rows.column_names)}; "
+            f"{spec!r} has no field {field or ' / '.join(TEXT_FIELDS)}: it has {', '.join(columns)}; "
             "name one as hf:DATASET:CONFIG:SPLIT:FIELD"
         )
-    return [str(row) for row in rows[fields[0]]]
+    return rows, fields[0]
 
 
 _HUB_ADVICE = (

@@ -101,7 +101,7 @@ def test_weights_tell_outputs_that_matter_from_those_that_do_not(calibration: Ca
     model: Any = _llama()
     with torch.no_grad():
         model.lm_head.weight[:, :8] = 0.0
-    mlps = check_relufiable(model, "relu")
+    mlps = check_relufiable(model, "relu").mlps
     weights = output_weights(model, mlps, calibration)[mlps[-1].down]
     assert weights.shape == (32,)
     assert float(weights.mean()) == pytest.approx(1.0)
@@ -160,7 +160,7 @@ def test_states_are_not_mixed(calibration: Calibration, tmp_path: Path) -> None:
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(SparsifyError, match="other is not a state folder of a reconstruction"):
         reconstruct(_llama(), "relu", _SHORT, calibration, state=tmp_path / "other")
-    assert json.loads((state / "reconstruction.json").read_text())["activation"] == "relu"
+    assert json.loads((state / "reconstruction.json").read_text())["relufication"]["activation"] == "relu"
 
 
 def test_values_that_are_not_finite_are_refused(calibration: Calibration) -> None:

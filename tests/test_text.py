@@ -51,7 +51,8 @@ def _datasets(monkeypatch: pytest.MonkeyPatch, rows: dict[str, list[str]] | Exce
 
     calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, config: str | None, *, split: str) -> Rows:
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Rows:
+        assert not streaming
         calls.append((name, config, split))
         if isinstance(rows, Exception):
             raise rows

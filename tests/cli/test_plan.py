@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from sparsify.cli.convert import convert
 from sparsify.cli.plan import plan
-from sparsify.conversion_cost import Rates
+from sparsify.svd_cost import Rates
 
 Run = Any
 LLAMA_2_7B: dict[str, Any] = {
@@ -103,6 +103,20 @@ def test_what_does_not_fit_is_said_with_what_helps(
     assert "It does not fit here." in said
     assert "8.59 GB are available on this machine" in said
     assert ("With --stream it takes one block at a time" if method == "rsparse" else "It cannot be streamed") in said
+
+
+def test_a_streamed_conversion_is_planned_as_one(
+    run: Run, large: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sparsify.evals.machine.available_memory", lambda device: 8 << 30)
+    found = planned(run, large, "--method", "rsparse", "--stream", "--out", tmp_path / "o")
+    assert found["verdict"]["memory_fits"]
+    # Hidden states before and after a block: 32 windows to calibrate and twice 8 to measure, of 512 tokens.
+    assert found["checkpoint"]["while_streaming"] == 2 * 48 * 512 * 4096 * 2
+    for method in ("auto", "cats", "relufy"):
+        result = run("plan", large, "--method", method, "--stream")
+        assert result.exit_code == 2
+        assert "--stream" in result.stderr
 
 
 def test_a_full_disk_is_said(run: Run, large: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -269,6 +269,7 @@ def test_the_card_gets_the_numbers_and_stays_sound(
         (entry,) = json.loads(stored["perplexity"].read_text())["models"]
         assert f"sparse {entry['sparse']['perplexity']:.3f}" in card
         assert "sparsify eval FOLDER --text" in card
+        assert "acc, every-token, 4 documents | dense " in card
         assert "<b>" not in card.partition("Measured again")[0]
         assert run("verify", folder).exit_code == 0
     # Other damage is still found.

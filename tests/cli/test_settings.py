@@ -11,7 +11,7 @@ from sparsify.cli.convert import convert
 from sparsify.cli.settings import ConvertSettings, parse_rho
 from sparsify.errors import SparsifyError
 
-CALL_ONLY = {"config", "dry_run", "format", "save"}
+CALL_ONLY = {"config", "dry_run", "format", "save", "stream", "resume"}
 
 
 def test_every_flag_is_a_setting() -> None:

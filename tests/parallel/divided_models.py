@@ -3,13 +3,16 @@
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import sparsify
 from sparsify.errors import SparsifyError
+from sparsify.layer_part import LayerPart
 from sparsify.native_decode import native_forward_of
 from sparsify.runtime import sparse_layers
 
@@ -48,10 +51,22 @@ def measured(model: Any) -> dict[str, Any]:
 
 
 def _results(folder: Path, out: Path) -> dict[str, Any]:
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
-    except SparsifyError as error:
-        return {"error": str(error)}
+    read: dict[str, bool] = {}
+    cut = LayerPart.of
+
+    def of(part: LayerPart, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        own = cut(part, name, tensor)
+        if own.shape != tensor.shape or isinstance(tensor, DTensor):
+            read[name] = isinstance(tensor, DTensor)
+        return own
+
+    with patch.object(LayerPart, "of", of):
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, distributed_config=DistributedConfig(tp_plan="auto")
+            )
+        except SparsifyError as error:
+            return {"error": str(error)}
     model.save_pretrained(out / f"saved-{folder.name}")
     try:
         sparsify.save(model, out / "never")
@@ -64,6 +79,7 @@ def _results(folder: Path, out: Path) -> dict[str, Any]:
     return measured(model) | {
         "native": native_forward_of(model) is not None,
         "refused": refused,
+        "read_in_part": read,
         "shapes": {name: {key: list(t.shape) for key, t in own.items()} for name, own in tensors.items()},
     }
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Con
 
 import sparsify
 from sparsify.linear import SparseLayer
+from sparsify.methods import available, get_method
 from sparsify.methods.auto import Auto
 from sparsify.methods.cats import Cats
 from sparsify.methods.griffin import Griffin
@@ -27,6 +28,9 @@ from sparsify.methods.statistical_topk import StatisticalTopK
 from sparsify.methods.teal import Teal
 from sparsify.methods.topk import TopK
 from sparsify.methods.wina import Wina
+
+# Each launch takes the imports of its processes.
+pytestmark = pytest.mark.slow
 
 _SCRIPT = Path(__file__).with_name("divided_models.py")
 # fp32 sums in another order; a channel that sat so near its threshold that it is kept in one and dropped in the other
@@ -147,6 +151,9 @@ class TestInParts:
     def test_every_process_holds_its_part(
         self, name: str, divided: list[dict[str, dict[str, Any]]], checkpoints: Path
     ) -> None:
+        # No process reads a tensor whole to cut it.
+        assert all(process[name]["read_in_part"]["weight"] for process in divided)
+        assert all(all(process[name]["read_in_part"].values()) for process in divided)
         stored, count = load_file(checkpoints / name / "model.safetensors"), len(divided)
         for process in divided:
             for linear, shapes in process[name]["shapes"].items():
@@ -176,15 +183,14 @@ def test_what_chooses_among_all_channels_is_refused(name: str, divided: list[dic
     for process in divided:
         error = process[name]["error"]
         assert f"method {name.removeprefix('phi3-')} cannot run under tensor parallelism: model.layers.0." in error
-        assert "auto, cats, relu, rsparse, teal, wina can" in error
+        assert f"{', '.join(name for name, about in available().items() if about.facts.tensor_parallel)} can" in error
 
 
 def test_the_facts_of_the_methods_say_what_is_refused() -> None:
-    from sparsify.methods import available
-
-    said = {name for name, about in available().items() if about.facts.tensor_parallel}
-    assert said == {"auto", "cats", "relu", "rsparse", "teal", "wina"}
-    assert said.isdisjoint(set(REFUSED) - {"phi3-cats"})
+    for name, (method, _, _) in RIGHT.items():
+        assert get_method(method.name).facts.tensor_parallel, name
+    for name, (method, config, _) in REFUSED.items():
+        assert get_method(method.name).facts.tensor_parallel == (config is Phi3Config), name
 
 
 def test_other_ways_to_divide_are_refused(divided: list[dict[str, dict[str, Any]]]) -> None:
