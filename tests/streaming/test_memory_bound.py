@@ -45,6 +45,7 @@ def _peak(folder: Path, out: Path, how: str) -> int:
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's /proc")
 def test_streaming_holds_two_blocks_and_a_constant(tmp_path: Path) -> None:
     config = LlamaConfig(
