@@ -144,7 +144,8 @@ def finetune(
     [dim]$[/] sparsify finetune llama-2-7b --recipe prosparse-7b --text hf:allenai/c4:en --out prosparse-7b
     [dim]$[/] sparsify finetune reference --recipe reference --method dense --out reference-dense
     """
-    from sparsify.training.settings import FinetuneSettings, check_method, read_recipe, read_settings
+    from sparsify.strict import read_settings
+    from sparsify.training.settings import FinetuneSettings, check_method, read_recipe
 
     given = {
         "model": model, "out": out, "method": method, "text": text, "tokens": tokens, "steps": steps, "peak": peak,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from sparsify.errors import SparsifyError
-from sparsify.strict import from_mapping, read_yaml
+from sparsify.strict import from_mapping, read_settings
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ConvertSettings:
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
         """Reads a YAML file of settings; raises SparsifyError for anything that is not one."""
-        return cls().updated(_read_mapping(path), source=str(path))
+        return cls().updated(read_settings(path), source=str(path))
 
     def updated(self, values: Mapping[str, Any], *, source: str) -> Self:
         """Returns the settings with these values; an unknown name or a wrong type is refused, naming the source."""
@@ -80,15 +80,3 @@ def parse_rho(text: str | None) -> float | str | None:
 
 def _names() -> list[str]:
     return [field.name for field in fields(ConvertSettings)]
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        reason = "is a directory or no regular file" if path.exists() else "No such file"
-        raise SparsifyError(f"cannot read the settings {path}: {reason}; --config takes a YAML file")
-    document = read_yaml(path)
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise SparsifyError(f"the settings {path} are a {type(document).__name__}, not `name: value` lines")
-    return document

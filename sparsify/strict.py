@@ -124,6 +124,22 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the `name: value` pairs of a YAML file, {} of an empty one.
+
+    Raises SparsifyError where there is no such file, and where it holds something else.
+    """
+    if not path.is_file():
+        reason = "is a directory or no regular file" if path.exists() else "No such file"
+        raise SparsifyError(f"cannot read the settings {path}: {reason}; --config takes a YAML file")
+    document = read_yaml(path)
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SparsifyError(f"the settings {path} are a {type(document).__name__}, not `name: value` lines")
+    return document
+
+
 def _read(path: Path, most: int, error: type[SparsifyError]) -> str:
     # First, because to open a pipe waits for who writes into it.
     if path.exists() and not path.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from sparsify.errors import SparsifyError, suggest
-from sparsify.strict import from_mapping, read_yaml
+from sparsify.strict import from_mapping, read_settings
 from sparsify.training.regulariser import Reduction
 from sparsify.training.schedule import LambdaSchedule
 
@@ -160,12 +160,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     names = recipe_names()
     if name not in names:
         raise SparsifyError(f"unknown recipe {name!r}: there are {', '.join(names)}.{suggest(name, names)}")
-    return _mapping(_RECIPES / f"{name}.yaml")
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the values that a YAML file gives. Raises SparsifyError for anything that is not such a file."""
-    return _mapping(path)
+    return read_settings(_RECIPES / f"{name}.yaml")
 
 
 def check_method(name: str) -> None:
@@ -173,15 +168,3 @@ def check_method(name: str) -> None:
     allowed = get_args(Method)
     if name not in allowed:
         raise SparsifyError(f"unknown method {name!r}: finetune has {', '.join(allowed)}.{suggest(name, allowed)}")
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        reason = "is a directory or no regular file" if path.exists() else "No such file"
-        raise SparsifyError(f"cannot read the settings {path}: {reason}; --config takes a YAML file")
-    document = read_yaml(path)
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise SparsifyError(f"the settings {path} are a {type(document).__name__}, not `name: value` lines")
-    return document
