@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 import sparsify
 from sparsify.errors import InterruptedConversionError, SparsifyError, UnavailableError
@@ -186,6 +187,16 @@ class TestChangedSources:
             own.stream(tmp_path / "out", resume=True)
 
 
+@pytest.fixture
+def no_bars() -> Iterator[None]:
+    """transformers draws no bar: pytest captures it in a file, which a limit on files holds, too."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    yield
+    if shown:
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 class TestStops:
     def test_the_first_ctrl_c_finishes_the_block(
         self, setting: Setting, tmp_path: Path, expected: dict[str, bytes]
@@ -228,6 +239,7 @@ class TestStops:
         assert contents(stopped) == expected
 
     @pytest.mark.parametrize("limit", [100, 5_000, 40_000], ids="{} bytes".format)
+    @pytest.mark.usefixtures("no_bars")
     def test_a_full_disk(self, setting: Setting, tmp_path: Path, limit: int, expected: dict[str, bytes]) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
