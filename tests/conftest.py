@@ -13,13 +13,14 @@ from typing import Any
 # Before anything imports torch or transformers, and inherited by the processes that tests start.
 _NO_GPU = not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 # One number for both: two MKL threads beside one of OpenMP made small decompositions a hundred times slower.
-_THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# A worker of xdist inherits what this file has set in the process that started it, and has one: two workers of two
+# threads on two cores take several times as long.
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS") or "2"
+os.environ |= {"OMP_NUM_THREADS": _THREADS, "MKL_NUM_THREADS": _THREADS}
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": _THREADS,
-    "MKL_NUM_THREADS": _THREADS,
     # Without a GPU, Triton kernels run in its interpreter.
     **({"TRITON_INTERPRET": "1"} if _NO_GPU else {}),
 }.items():
