@@ -8,11 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparsify.cli.inspect_neurons import WINDOW as _WINDOW
-from sparsify.cli.inspect_neurons import WINDOWS as _WINDOWS
-from sparsify.cli.inspect_neurons import inspect_neurons, positions_of
+from sparsify.cli.inspect_neurons import inspect_neurons, load_with_windows, positions_of
 from sparsify.cli.ledger_view import ledger_totals, print_left_dense, totals_table
-from sparsify.cli.loading import TrustOption, identify, is_converted, load
+from sparsify.cli.loading import TrustOption, identify, is_converted
 from sparsify.cli.output import Format, FormatOption, Output, SaveOption, common_prefix, make_table, percent
 from sparsify.cli.progress import Progress
 from sparsify.cli.sites import describe_sites, sites_table
@@ -118,12 +116,8 @@ def _inspect_activations(model: str, text: str, output: Output, trust_remote_cod
     with output.working(), Progress() as progress:
         from sparsify.evals.activations import collect_activations
         from sparsify.evals.machine import environment
-        from sparsify.text import read_text, windows
 
-        source = read_text(text)
-        loaded = load(model, progress, trust_remote_code=trust_remote_code)
-        length = min(_WINDOW, positions_of(loaded.model))
-        cut = windows(source, loaded.tokenizer, seq_len=length, limit=_WINDOWS)
+        loaded, cut = load_with_windows(model, text, progress, trust_remote_code)
         about = {"model": model, "checkpoint_sha256": identify(loaded.model)}
         result = about | collect_activations(loaded.model, cut, progress) | environment(loaded.model.device)
     output.emit(result, lambda console: _render_activations(console, result))

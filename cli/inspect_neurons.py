@@ -12,6 +12,9 @@ from sparsify.cli.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sparsify.cli.loading import Loaded
+    from sparsify.text import Windows
+
 # What looks at a text run: enough tokens for histograms, few enough for a minute.
 WINDOWS, WINDOW = 8, 512
 
@@ -22,23 +25,29 @@ def positions_of(model: "PreTrainedModel") -> int:
     return positions if isinstance(positions, int) else WINDOW
 
 
+def load_with_windows(model: str, text: str, progress: Progress, trust_remote_code: bool) -> "tuple[Loaded, Windows]":
+    """Loads a model, and reads a text in windows that fit it. Raises as both do; the text, which is quick, first."""
+    from sparsify.text import read_text, windows
+
+    source = read_text(text)
+    loaded = load(model, progress, trust_remote_code=trust_remote_code)
+    length = min(WINDOW, positions_of(loaded.model))
+    return loaded, windows(source, loaded.tokenizer, seq_len=length, limit=WINDOWS)
+
+
 def inspect_neurons(model: str, text: str, output: Output, trust_remote_code: bool) -> None:
     """Collects and emits what the neurons of a dense or converted model do on a text."""
     with output.working(), Progress() as progress:
         from sparsify.evals.machine import environment
         from sparsify.evals.neuron_activity import neuron_activity
-        from sparsify.text import read_text, windows
 
-        source = read_text(text)
-        loaded = load(model, progress, trust_remote_code=trust_remote_code)
-        length = min(WINDOW, positions_of(loaded.model))
-        cut = windows(source, loaded.tokenizer, seq_len=length, limit=WINDOWS)
+        loaded, cut = load_with_windows(model, text, progress, trust_remote_code)
         found = [asdict(mlp) for mlp in neuron_activity(loaded.model, cut, progress)]
         about = {"model": model, "converted": loaded.converted}
         if loaded.converted:
             about["checkpoint_sha256"] = identify(loaded.model)
         result = about | {
-            "text": cut.name, "text_sha256": cut.sha256, "windows": len(cut.tokens), "seq_len": length,
+            "text": cut.name, "text_sha256": cut.sha256, "windows": len(cut.tokens), "seq_len": cut.seq_len,
             "mlps": found, "mean_zeros": sum(mlp["zeros"] for mlp in found) / len(found),
             "dead": sum(mlp["dead"] for mlp in found), "neurons": sum(mlp["neurons"] for mlp in found),
         } | environment(loaded.model.device)  # fmt: skip
